@@ -813,6 +813,7 @@ def test_at_the_end_a_kept_connection_is_told_that_it_closes(database, start):
             eventually(lambda: refused(service))
         response = connection.getresponse()
         assert (response.status, response.headers["Connection"], response.read()) == (200, "close", b"[]\n")
+    assert service.process.wait(HANG) == 0
 
 
 def run(folder, settings, command=SERVE):
