@@ -399,6 +399,7 @@ def start_server():
         server = create_server(
             app, sockets=[listener], _dispatcher=dispatcher, asyncore_use_poll=True,
             connection_limit=450,  # with a spool file for each they fit into the usual 1,024 open files
+            outbuf_overflow=1 << 18,  # bytes; the batches of a long list go to a file, so that memory stays flat
             send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
             max_request_header_size=1 << 16, max_request_body_size=MAX_RECEIVED,
             clear_untrusted_proxy_headers=False,  # nothing here reads them
