@@ -225,23 +225,23 @@ class Database:
 
     def query(self, statement, *values):
         """Runs a statement, returns its row. When it raises a 503, it is unknown what came of the statement."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        if time.monotonic() > self.stop_at:
+        now = time.monotonic()
+        if now > self.stop_at:
             raise Refusal(*AWAY)
         try:
             with self.free:
-                row = self.run(deadline, statement, values)
+                row = self.run(now + ANSWER_SECONDS, statement, values)
         except (psycopg2.DataError, psycopg2.IntegrityError):
             raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
         except psycopg2.Error as error:
             hint = "; apply schema.sql" if isinstance(error, errors.UndefinedTable) else ""
-            self.report((error.diag.message_primary or " ".join(str(error).split())) + hint)
+            self.report(" ".join((error.diag.message_primary or str(error)).split()) + hint)
             raise Refusal(*AWAY) from None
         self.report(None)
         return row
 
     def run(self, deadline, statement, values):
-        """Lends the statement a connection. An idle one on which something has come in was closed by the server."""
+        """Returns a statement's row. An idle connection on which something has come in was closed by the server."""
         while ready(connection := self.pool.getconn(), select.POLLIN, 0):
             self.pool.putconn(connection, close=True)
         connection.deadline, pid = deadline, connection.get_backend_pid()
@@ -429,8 +429,9 @@ def start_postgres():
         atexit.register(stop)
         at = server.get_postmaster_info()
         os.environ.update(PGHOST=str(at.socket_dir), PGPORT=str(at.port), PGUSER="postgres", PGDATABASE="postgres")
-        with contextlib.closing(psycopg2.connect("", connection_factory=Connection)) as connection:
-            connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text() + "COMMIT")
+        with contextlib.closing(psycopg2.connect("", connection_factory=Connection)) as connection, connection:
+            connection.deadline += ANSWER_SECONDS
+            connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
     except Exception as error:
         leave(1, f"the embedded PostgreSQL does not start: {error}; see {folder / 'log'}")
 
