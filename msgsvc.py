@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qs, quote
@@ -106,7 +107,8 @@ def answer(environ):
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query string as an int from `lowest` to PostgreSQL's highest bigint."""
-    values = parameters.get(name, [str(default)])
+    if not (values := parameters.get(name)):
+        return default
     digits = re.fullmatch("0*([0-9]{1,19})", values[0])
     if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
@@ -157,37 +159,57 @@ def deliver(environ, begun, status, pieces):
 BATCH_ROWS = 2_000
 BATCH_BYTES = 1 << 18  # of text: where the rows ahead have more, a batch takes as many fewer of them
 LONG_LISTS = threading.Semaphore(max(1, THREADS // 2))
+MESSAGE = """'{"id":' || id::text || ',"text":' || to_json(text)::text
+                     || ',"created_at":' || to_json(created_at)::text || '}'"""
 LIST, ADD = "EXECUTE list(%s, %s)", "EXECUTE add(%s)"
 PREPARE = {
     LIST: f"""
         PREPARE list (bigint, bigint) AS
         WITH ahead AS (SELECT count(*) AS rows, sum(octet_length(text)) AS bytes
                        FROM (SELECT text FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row)
-        SELECT string_agg(row_to_json(message)::text, E',\\n'), max(id), count(*), (SELECT rows FROM ahead)
+        SELECT string_agg({MESSAGE}, E',\\n'), max(id), count(*), (SELECT rows FROM ahead)
         FROM (SELECT id, text, created_at FROM messages WHERE id > $1 ORDER BY id
-              LIMIT (SELECT $2 * least(1, {BATCH_BYTES}.0 / bytes) FROM ahead)) AS message""",
-    ADD: """
+              LIMIT (SELECT ($2 * least(1, {BATCH_BYTES}.0 / bytes))::bigint FROM ahead)) AS message""",
+    ADD: f"""
         PREPARE add (text) AS
-        INSERT INTO messages (text) VALUES ($1) RETURNING row_to_json(messages)::text"""}
+        INSERT INTO messages (text) VALUES ($1) RETURNING {MESSAGE}"""}
 
 
 def list_messages(after, limit):
     """Yields, in pieces, the JSON array of the messages behind id `after`, oldest first, at most `limit` of them."""
-    opening, closing, reserved = b"[", b"", False
+    pieces = batches(after, limit)
+    first = next(pieces)
+    if first.endswith(b"]\n"):
+        yield first
+        return
+    if not LONG_LISTS.acquire(blocking=False):
+        raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY_AFTER)
     try:
-        while not closing:
-            rows = min(limit, BATCH_ROWS)
-            batch, after, count, ahead = database.query(LIST, after, rows)
-            limit -= count
-            if not limit or count == ahead < rows:
-                closing = b"]\n"
-            elif not reserved and not (reserved := LONG_LISTS.acquire(blocking=False)):
-                raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY_AFTER)
-            yield (opening + batch if count else opening.strip(b",\n")) + closing
-            opening = b",\n"
+        yield from read_ahead(itertools.chain([first], pieces))
     finally:
-        if reserved:
-            LONG_LISTS.release()
+        LONG_LISTS.release()
+
+
+def batches(after, limit):
+    """Yields the same array, a batch at a time."""
+    opening, closing = b"[", b""
+    while not closing:
+        rows = min(limit, BATCH_ROWS)
+        batch, after, count, ahead = database.query(LIST, after, rows)
+        limit -= count
+        if not limit or count == ahead < rows:
+            closing = b"]\n"
+        yield (opening + batch if count else opening.strip(b",\n")) + closing
+        opening = b",\n"
+
+
+def read_ahead(pieces):
+    """Yields the pieces; while one is on its way to the reader, a thread fetches the next two."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = [thread.submit(next, pieces, None) for _ in range(2)]
+        while piece := ahead.pop(0).result():
+            ahead.append(thread.submit(next, pieces, None))
+            yield piece
 
 
 # == Database =========================================================================================================
