@@ -77,9 +77,9 @@ class Refusal(OSError):
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun, headers = time.monotonic(), [("Content-Type", "application/json")]
+    begun, headers = environ.get("msgsvc.arrived", time.monotonic()), [("Content-Type", "application/json")]
     try:
-        status, pieces = answer(environ)
+        status, pieces = answer(environ, begun + ANSWER_SECONDS)
         first = next(pieces)
     except Exception as error:
         if not isinstance(error, Refusal):
@@ -93,16 +93,17 @@ def app(environ, start_response):
     return deliver(environ, begun, status, itertools.chain([first], pieces))
 
 
-def answer(environ):
-    """Returns the status and an iterator of the pieces of the body."""
+def answer(environ, deadline):
+    """Returns the status and an iterator of the pieces of the body, the first by the deadline (time.monotonic())."""
     if environ.get("PATH_INFO") != PATH:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
-        return 201, iter([database.query(ADD, posted_text(environ))[0] + b"\n"])
+        return 201, iter([database.query(deadline, ADD, posted_text(environ))[0] + b"\n"])
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
         raise Refusal(405, "Use GET to read messages or POST to add one.", ("Allow", "GET, HEAD, POST"))
     parameters = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-    return 200, list_messages(number(parameters, "after", 0, 0), number(parameters, "limit", BIGINT_MAX, 1))
+    after, limit = number(parameters, "after", 0, 0), number(parameters, "limit", BIGINT_MAX, 1)
+    return 200, list_messages(after, limit, deadline)
 
 
 def number(parameters, name, default, lowest):
@@ -161,23 +162,22 @@ BATCH_BYTES = 1 << 18  # of text: where the rows ahead have more, a batch takes 
 LONG_LISTS = threading.Semaphore(max(1, THREADS // 2))
 MESSAGE = """'{"id":' || id::text || ',"text":' || to_json(text)::text
                      || ',"created_at":' || to_json(created_at)::text || '}'"""
-LIST, ADD = "EXECUTE list(%s, %s)", "EXECUTE add(%s)"
-PREPARE = {
-    LIST: f"""
-        PREPARE list (bigint, bigint) AS
-        WITH ahead AS (SELECT count(*) AS rows, sum(octet_length(text)) AS bytes
-                       FROM (SELECT text FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row)
-        SELECT string_agg({MESSAGE}, E',\\n'), max(id), count(*), (SELECT rows FROM ahead)
-        FROM (SELECT id, text, created_at FROM messages WHERE id > $1 ORDER BY id
-              LIMIT (SELECT ($2 * least(1, {BATCH_BYTES}.0 / bytes))::bigint FROM ahead)) AS message""",
-    ADD: f"""
-        PREPARE add (text) AS
-        INSERT INTO messages (text) VALUES ($1) RETURNING {MESSAGE}"""}
+PREPARE = f"""
+    PREPARE add (text) AS
+    INSERT INTO messages (text) VALUES ($1) RETURNING {MESSAGE};
+
+    PREPARE list (bigint, bigint) AS
+    WITH ahead AS (SELECT count(*) AS rows, sum(octet_length(text)) AS bytes
+                   FROM (SELECT text FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row)
+    SELECT string_agg({MESSAGE}, E',\\n'), max(id), count(*), (SELECT rows FROM ahead)
+    FROM (SELECT id, text, created_at FROM messages WHERE id > $1 ORDER BY id
+          LIMIT (SELECT ($2 * least(1, {BATCH_BYTES}.0 / bytes))::bigint FROM ahead)) AS message"""
+ADD, LIST = "EXECUTE add(%s)", "EXECUTE list(%s, %s)"
 
 
-def list_messages(after, limit):
+def list_messages(after, limit, deadline):
     """Yields, in pieces, the JSON array of the messages behind id `after`, oldest first, at most `limit` of them."""
-    pieces = batches(after, limit)
+    pieces = batches(after, limit, deadline)
     first = next(pieces)
     if first.endswith(b"]\n"):
         yield first
@@ -190,17 +190,17 @@ def list_messages(after, limit):
         LONG_LISTS.release()
 
 
-def batches(after, limit):
+def batches(after, limit, deadline):
     """Yields the same array, a batch at a time."""
     opening, closing = b"[", b""
     while not closing:
         rows = min(limit, BATCH_ROWS)
-        batch, after, count, ahead = database.query(LIST, after, rows)
+        batch, after, count, ahead = database.query(deadline, LIST, after, rows)
         limit -= count
         if not limit or count == ahead < rows:
             closing = b"]\n"
         yield (opening + batch if count else opening.strip(b",\n")) + closing
-        opening = b",\n"
+        opening, deadline = b",\n", time.monotonic() + ANSWER_SECONDS
 
 
 def read_ahead(pieces):
@@ -227,7 +227,7 @@ class Connection(extensions.connection):
     """A connection that is waited for until its deadline, in seconds of time.monotonic()."""
 
     def __init__(self, dsn):
-        self.deadline, self.prepared = time.monotonic() + CONNECT_SECONDS, set()
+        self.deadline, self.prepared = time.monotonic() + CONNECT_SECONDS, False
         super().__init__(dsn)
 
 
@@ -245,14 +245,13 @@ class Database:
         self.free = threading.Semaphore(THREADS)  # waits where the pool raises an error
         self.retry_at, self.stop_at, self.trouble = 0, float("inf"), None
 
-    def query(self, statement, *values):
+    def query(self, deadline, statement, *values):
         """Runs a statement, returns its row. When it raises a 503, it is unknown what came of the statement."""
-        now = time.monotonic()
-        if now > self.stop_at:
-            raise Refusal(*AWAY)
         try:
             with self.free:
-                row = self.run(now + ANSWER_SECONDS, statement, values)
+                if time.monotonic() > min(deadline, self.stop_at):
+                    raise Refusal(*AWAY)
+                row = self.run(deadline, statement, values)
         except (psycopg2.DataError, psycopg2.IntegrityError):
             raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
         except psycopg2.Error as error:
@@ -269,9 +268,9 @@ class Database:
         connection.deadline, pid = deadline, connection.get_backend_pid()
         try:
             with connection.cursor() as cursor:
-                if statement not in connection.prepared:  # planning takes longer than running it
-                    cursor.execute(PREPARE[statement])
-                    connection.prepared.add(statement)
+                if not connection.prepared:  # planning a statement takes longer than running it
+                    cursor.execute(PREPARE)
+                    connection.prepared = True
                 cursor.execute(statement, values)
                 return cursor.fetchone()
         except psycopg2.OperationalError:
@@ -387,7 +386,10 @@ def claim(folder):
 class Dispatcher(queue.SimpleQueue):
     """Requests that wait for a thread. waitress's own dispatcher takes three locks to hand one over."""
 
-    add_task = queue.SimpleQueue.put
+    def add_task(self, client):
+        """Takes note of the time at which a request has arrived whole."""
+        client.arrived = time.monotonic()
+        self.put(client)
 
     def work(self):
         """Answers them, one after another: what each thread does."""
@@ -402,10 +404,8 @@ class Task(task.WSGITask):
     def has_body(self):  # it would end HEAD's answer of unknown length with a last chunk, though nothing precedes it
         return self.request.command != "HEAD" or self.content_length is not None
 
-    def build_response_header(self):
-        if not self.channel.server.accepting and len(self.channel.requests) == 1:
-            self.set_close_on_finish()  # tells a client that there is no next request
-        return super().build_response_header()
+    def get_environment(self):
+        return super().get_environment() | {"msgsvc.arrived": self.channel.arrived}
 
 
 def start_server():

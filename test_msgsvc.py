@@ -631,7 +631,9 @@ def test_a_frozen_server_does_not_hold_up_the_end(own_database, start):
 def test_a_locked_table_ends_in_503(database, start):
     service = start()
     with database.locked():
-        assert at_once(2, lambda number: service.post("x")[0] if number else service.ask()[0]) == [503, 503]
+        begun = time.monotonic()  # more requests than threads: nobody waits for two turns of them
+        assert at_once(24, lambda number: service.post("x")[0] if number % 2 else service.ask()[0]) == [503] * 24
+        assert time.monotonic() - begun < 15
     assert service.list() == []
 
 
@@ -801,19 +803,6 @@ def test_at_the_end_a_statement_that_goes_on_is_cancelled(database, start):
         assert [answer.result()[0] for answer in answers] == [503] * 4
         assert database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cancelled'") == [(0,)]
     assert database.texts() == []
-
-
-def test_at_the_end_a_kept_connection_is_told_that_it_closes(database, start):
-    service = start()
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=HANG)) as connection:
-        with database.locked():
-            connection.request("GET", "/api/messages")
-            eventually(lambda: database.run("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
-            service.process.send_signal(signal.SIGTERM)
-            eventually(lambda: refused(service))
-        response = connection.getresponse()
-        assert (response.status, response.headers["Connection"], response.read()) == (200, "close", b"[]\n")
-    assert service.process.wait(HANG) == 0
 
 
 def run(folder, settings, command=SERVE):
