@@ -157,7 +157,7 @@ def own_database(database):
 class Service:
     """A process that serves on a free port of 127.0.0.1, in a folder of its own."""
 
-    def __init__(self, folder, settings, command=SERVE, ready=True):
+    def __init__(self, folder, settings, command=SERVE, ready=True, stdout=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -166,7 +166,7 @@ class Service:
         settings = os.environ | {"PORT": str(self.port)} | settings
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0,
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output, process_group=0,
                 env={name: value for name, value in settings.items() if value is not None})
         if ready:
             eventually(lambda: self.process.poll() is not None or b"listening on" in self.output.read_bytes())
@@ -326,6 +326,13 @@ def test_a_list_of_short_and_long_texts_in_any_order_is_whole(service, database)
     assert len(service.list("?limit=3030")) == 3_030
 
 
+def test_a_list_of_long_texts_comes_in_pieces_of_bounded_size(service, database):
+    database.fill(100, "x" * 60_000)
+    answer = service.raw(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    sizes = [int(size, 16) for size in re.findall(rb"\r\n([0-9A-Fa-f]+)\r\n", answer)]
+    assert sum(sizes) > 6_000_000 and max(sizes) < 500_000
+
+
 def test_limit_and_after_page_through_everything(service, database):
     database.fill(LONG)
     pages, last = [], 0
@@ -481,6 +488,15 @@ def test_a_missing_table_is_said_in_the_log(start, database):
         database.run("ALTER TABLE elsewhere RENAME TO messages")
     assert service.list() == []
     assert service.stop() == 0 and service.log().count("apply schema.sql") == 1
+
+
+def test_an_error_of_the_database_s_own_is_not_blamed_on_the_text(start, database):
+    service = start()
+    service.post("first")
+    database.run("ALTER TABLE messages ALTER id RESTART")
+    service.error(503, "POST", body=b'{"text": "x"}', headers=JSON)
+    eventually(lambda: "database: duplicate key" in service.log())
+    assert service.post("second")[0] == 201
 
 
 def test_a_table_made_anew_is_used(service, database):
@@ -677,6 +693,21 @@ def test_readers_that_stall_or_vanish_hold_no_connection_and_no_thread_that_othe
     assert len(eventually(lambda: (answer := service.ask())[0] == 200 and json.loads(answer[2]))) == 851
 
 
+def test_clients_that_ask_on_and_on_without_reading_hold_no_thread(database, start):
+    database.fill(250, "x" * 1_000)
+    service = start()
+    with contextlib.ExitStack() as clients:
+        for _ in range(8):
+            client = clients.enter_context(service.connect())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            client.sendall(GET * 150)
+        time.sleep(2)
+        for _ in range(4):
+            begun = time.monotonic()
+            assert len(service.list("?limit=1")) == 1
+            assert time.monotonic() - begun < 8
+
+
 def test_slow_readers_get_all_of_it(database, start):
     database.fill(850, "x" * 60_000)
     service = start(THREADS="2")
@@ -717,6 +748,20 @@ def test_each_request_is_a_line_in_both_logs(start):
         "INFO 127.0.0.1 HEAD /api/messages 200 0"]
     assert all(LINE.fullmatch(line) for line in lines)
     assert "secret" not in service.log()
+
+
+def test_a_standard_output_that_nobody_reads_holds_up_neither_the_file_nor_the_end(database, services):
+    reading, writing = os.pipe()
+    try:
+        service = services(database.settings, ready=False, stdout=writing)
+        assert b"listening on" in os.read(reading, 1_000)
+        for number in range(100):
+            service.ask(target=f"/{number}" + "x" * 1_900)
+        eventually(lambda: "/99x" in (service.folder / "logs" / "msgsvc.log").read_text())
+        assert service.stop() == 0
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize("request_line", [
@@ -805,6 +850,15 @@ def test_at_the_end_a_statement_that_goes_on_is_cancelled(database, start):
     assert database.texts() == []
 
 
+def test_at_the_end_a_reader_that_has_stopped_is_logged(database, start):
+    database.fill(850, "x" * 60_000)
+    service = start()
+    with service.connect(GET.replace(b" HTTP", b"?stopped HTTP")) as reader:
+        reader.recv(12)
+        assert service.stop() == 0
+    assert " GET /api/messages?stopped 200 " in service.log()
+
+
 def run(folder, settings, command=SERVE):
     """Runs the service until it ends by itself; returns exit status and output."""
     service = Service(folder, settings, command, ready=False)
@@ -819,7 +873,12 @@ def run(folder, settings, command=SERVE):
     ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "1001"), ("PGCONNECT_TIMEOUT", "soon")])
 def test_a_bad_value_is_one_line_and_status_2(tmp_path, name, value):
     status, output = run(tmp_path, {name: value, "PGHOST": "127.0.0.1"})
-    assert (status, output.count("\n")) == (2, 1) and name in output and re.search("from [01] to", output)
+    assert (status, output.count("\n")) == (2, 1) and name in output and re.search("from [-0-9]+ to", output)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "3"])
+def test_libpq_s_connect_timeout_may_be_anything_that_libpq_takes(start, seconds):
+    assert start(PGCONNECT_TIMEOUT=seconds).list() == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
