@@ -223,8 +223,8 @@ def read_ahead(pieces):
 
 
 # == Database =========================================================================================================
-# Each request borrows a connection for one statement, and every wait has an end. PostgreSQL keeps to a timeout by itself;
-# but a frozen server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging. `wait` does.
+# Each request borrows a connection for one statement, and every wait has an end. PostgreSQL keeps to a timeout by
+# itself; but a frozen server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging: `wait`.
 
 RETRY_SECONDS = 0.9
 RETRY_AFTER = ("Retry-After", "1")
