@@ -426,7 +426,7 @@ def start_server():
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # send_bytes has no successor yet
         server = create_server(
             app, sockets=[listener], _dispatcher=dispatcher,
-            connection_limit=450,  # with a spool file for each they fit into the usual 1,024 open files
+            connection_limit=450,  # with a buffer file for each they fit into the usual 1,024 open files
             outbuf_overflow=1 << 18,  # bytes; the batches of a long list go to a file, so that memory stays flat
             send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
             max_request_body_size=MAX_RECEIVED,
