@@ -103,7 +103,7 @@ def answer(environ, deadline):
     if environ.get("PATH_INFO") != PATH:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
-        message, = database.query(deadline, ADD, posted_text(environ))
+        (message,) = database.query(deadline, ADD, posted_text(environ))
         return 201, iter([message + b"\n"])
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
         raise Refusal(405, "Use GET to read messages or POST to add one.", ("Allow", "GET, HEAD, POST"))
