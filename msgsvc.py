@@ -12,6 +12,7 @@ import itertools
 import json
 import logging.handlers
 import os
+import queue
 import random
 import re
 import select
@@ -368,7 +369,6 @@ def set_up_log():
     stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)  # sys.stdout has a lock
     logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(logging.StreamHandler(stdout))])
     logging.getLogger("waitress").setLevel(logging.WARNING)  # its other lines hold paths as they were sent
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that had to wait
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     try:
@@ -393,13 +393,21 @@ def claim(folder):
 # for as long as anything is in hand.
 
 
-class Dispatcher(task.ThreadedTaskDispatcher):
-    """Hands requests to threads."""
+class Dispatcher(queue.SimpleQueue):
+    """Requests that wait for a thread. waitress's own dispatcher takes three locks to hand one over."""
 
     def add_task(self, client):
-        """Takes note of when a request has arrived whole, and lets it wait for a thread."""
+        """Takes note of when a request has arrived whole, and lets it wait."""
         client.arrived = time.monotonic()
-        super().add_task(client)
+        self.put(client)
+
+    def work(self):
+        """Answers them, one after another: what each thread does."""
+        while True:
+            try:
+                self.get().service()
+            except Exception:
+                log.exception("this is a bug:")
 
 
 class Task(task.WSGITask):
@@ -412,7 +420,9 @@ class Task(task.WSGITask):
     def get_environment(self):
         if self.channel.total_outbufs_len > MAX_UNREAD:  # or waitress would let the thread wait for this reader
             raise OSError("asks on and on, but does not read")  # closes the connection
-        return super().get_environment() | {"msgsvc.arrived": self.channel.arrived}
+        environ = super().get_environment()
+        environ["msgsvc.arrived"] = self.channel.arrived
+        return environ
 
 
 def start_server():
@@ -422,7 +432,8 @@ def start_server():
     except OSError as error:
         leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
     dispatcher = Dispatcher()
-    dispatcher.set_thread_count(max(2, THREADS))  # a long list may hold one
+    for _ in range(max(2, THREADS)):  # 2, as a long list may hold one
+        threading.Thread(target=dispatcher.work, daemon=True).start()
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # send_bytes has no successor yet
         server = create_server(
             app, sockets=[listener], _dispatcher=dispatcher,
