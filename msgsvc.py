@@ -171,7 +171,7 @@ LONG_LISTS = threading.Semaphore(max(1, THREADS // 2))
 MESSAGE = """'{"id":' || id::text || ',"text":' || to_json(text)::text
                      || ',"created_at":' || to_json(created_at)::text || '}'"""
 PREPARE = f"""
-    DEALLOCATE ALL;
+    DEALLOCATE ALL; -- what an attempt that was cut short may have left
 
     PREPARE add (text) AS
     INSERT INTO messages (text) VALUES ($1) RETURNING {MESSAGE};
@@ -297,7 +297,7 @@ class Database:
         try:
             connection = Connection(dsn)
         except psycopg2.Error:
-            self.retry_at = max(begun + RETRY_SECONDS, time.monotonic() + 0.1)
+            self.retry_at = max(begun + RETRY_SECONDS, time.monotonic() + 0.1)  # those who wait for the lock fail first
             raise
         connection.autocommit = True  # else BEGIN and COMMIT would be two more round trips
         extensions.register_type(extensions.BYTES, connection)  # text as it comes, in UTF-8
@@ -357,16 +357,19 @@ class BlockHandler(logging.Handler):
 
     def flush(self):
         """Writes the lines that have come in; the end of the process calls it, too (logging.shutdown)."""
-        if self.writing.acquire(timeout=0.3):  # otherwise the target is stuck, and is not to hold up the end
+        if not self.writing.acquire(timeout=0.3):  # the target is stuck, and is not to hold up the end
+            return
+        try:
             block = "\n".join(self.format(self.records.popleft()) for _ in range(len(self.records)))
             if block:
                 self.target.emit(logging.makeLogRecord({"msg": block}))
+        finally:
             self.writing.release()
 
 
 def set_up_log():
     """Sends the log to standard output and, if that can be written, to a file in LOG_DIR."""
-    stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)  # sys.stdout has a lock
+    stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)  # takes no lock
     logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(logging.StreamHandler(stdout))])
     logging.getLogger("waitress").setLevel(logging.WARNING)  # its other lines hold paths as they were sent
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
