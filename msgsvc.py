@@ -6,7 +6,6 @@ request travels: configuration, HTTP, messages, database, log. How the process s
 import atexit
 import collections
 import contextlib
-import ctypes
 import fcntl
 import importlib.util
 import io
@@ -187,15 +186,13 @@ SESSION = f"""
 
     PREPARE list (bigint, bigint) AS
     WITH ahead AS (
-        SELECT array_agg(id) AS ids, sum(size) AS bytes
+        SELECT count(*) AS found,
+               (array_agg(id))[ceil(count(*) * least(1, {BATCH_BYTES}.0 / sum(size)))::int] AS last
         FROM (SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row
-    ), batch AS (
-        SELECT ids[ceil(cardinality(ids) * least(1, {BATCH_BYTES}.0 / bytes))::int] AS last, cardinality(ids) AS found
-        FROM ahead
     )
-    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM batch)
+    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM ahead)
     FROM (SELECT id, text, created_at FROM messages
-          WHERE id > $1 AND id <= (SELECT last FROM batch) ORDER BY id LIMIT $2) AS message"""
+          WHERE id > $1 AND id <= (SELECT last FROM ahead) ORDER BY id LIMIT $2) AS message"""
 UNSTORABLE = (errors.CheckViolation, errors.CharacterNotInRepertoire, errors.UntranslatableCharacter)
 
 
@@ -255,7 +252,7 @@ REFUSALS = {  # by what an error's SQLSTATE begins with: what the client is told
     "no connection": ("There is no connection to the database; try again in a second.", False),
     "42P01": ("The table of messages is missing; whoever runs the service has to apply schema.sql.", False),
     "57014": (NO_ANSWER, False),  # the server has cancelled the statement
-    "57P|08|40003|$": (NO_ANSWER, True),  # it has closed the connection, or the network, or there was no answer
+    "57P|08|XX|40003|$": (NO_ANSWER, True),  # it or the network has broken off, or there was no answer
     "": ("The database refuses this, and the log of the service says why; try again later.", False)}
 waiting = threading.local()  # .deadline: until when, in time.monotonic(), this thread waits for the database
 
@@ -549,8 +546,9 @@ def main():
         start_postgres()
     if hasattr(os, "sched_setaffinity"):  # one core for all threads: the interpreter lock changes hands at less cost
         os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # and one heap (glibc's M_ARENA_MAX): no pages come and go
-        libc.mallopt(-8, 1)
+    with contextlib.suppress(ImportError, AttributeError):  # and one heap (M_ARENA_MAX), where the libc is glibc
+        import ctypes
+        ctypes.CDLL(None).mallopt(-8, 1)
     set_up_log()
     threads = [threading.Thread(target=work, args=[requests], daemon=True) for _ in range(THREADS + LONG_LISTS)]
     for thread in threads:
