@@ -106,7 +106,7 @@ class Postgres:
 
     def at_rest(self, name):
         """Waits until no connection of an application has run a statement or held a transaction for half a second."""
-        busy = ("SELECT FROM pg_stat_activity WHERE application_name = %s AND"
+        busy = ("SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND"
                 " (state <> 'idle' OR state_change > now() - interval '0.5 s')")
         eventually(lambda: not self.run(busy, name))
 
