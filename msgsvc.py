@@ -68,15 +68,16 @@ PATH = "/api/messages"
 BIGINT_MAX = 2**63 - 1
 MAX_BODY = 65_536       # bytes of a POST
 MAX_RECEIVED = 8 << 20  # bytes taken in of a longer one: a client that still sends would not read the 413
+HEADERS = {405: [("Allow", "GET, HEAD, POST")], 503: [("Retry-After", "1")]}
 threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB, which would end the process
 
 
 class Refusal(Exception):
-    """An answer other than the one asked for: a status, a sentence that JSON need not escape, and headers."""
+    """An answer other than the one asked for: a status, and a sentence that JSON need not escape."""
 
-    def __init__(self, status, sentence, *headers, unknown=False):
+    def __init__(self, status, sentence, unknown=False):
         super().__init__(sentence)
-        self.status, self.headers = status, headers
+        self.status = status
         self.unknown = unknown  # whether what was asked for may have been done all the same
 
 
@@ -93,7 +94,7 @@ def app(environ, start_response):
             error = Refusal(500, "The service has failed; its log tells why.")
         status, body = error.status, [json.dumps({"error": str(error)}).encode() + b"\n"]
         length = len(body[0])
-        headers += error.headers
+        headers += HEADERS.get(status, [])
     if length is not None:  # without it the server sends chunks, and closes the connection after the last one
         headers.append(("Content-Length", str(length)))
     start_response(f"{status} {HTTPStatus(status).phrase}", headers)
@@ -108,17 +109,16 @@ def respond(environ):
     if environ["REQUEST_METHOD"] == "POST":
         return 201, [add_message(posted_text(environ))]
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-        raise Refusal(405, "Use GET to read messages or POST to add one.", ("Allow", "GET, HEAD, POST"))
+        raise Refusal(405, "Use GET to read messages or POST to add one.")
     parameters = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
     return 200, list_messages(number(parameters, "after", 0, 0), number(parameters, "limit", BIGINT_MAX, 1))
 
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query string as an int from `lowest` to PostgreSQL's highest bigint."""
-    if not (values := parameters.get(name)):
-        return default
-    digits = re.fullmatch("0*([0-9]{1,19})", values[0])
-    if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
+    text, *others = parameters.get(name, [str(default)])
+    digits = re.fullmatch("0*([0-9]{1,19})", text)
+    if others or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
     return int(digits[1])
 
@@ -205,7 +205,7 @@ def add_message(text):
     except Refusal as refusal:
         outcome = "It is unknown whether the message was stored: look at the list before you send it again."
         outcome = outcome if refusal.unknown else "The message was not stored."
-        raise Refusal(503, f"{refusal} {outcome}", RETRY) from None
+        raise Refusal(503, f"{refusal} {outcome}") from None
     return message + b"\n"
 
 
@@ -215,7 +215,7 @@ def list_messages(after, limit):
     if not limit:
         return [b"[" + batch + b"]\n"]
     if not long_lists.acquire(blocking=False):
-        raise Refusal(503, "Too many long lists are being read; try again, or page with limit.", RETRY)
+        raise Refusal(503, "Too many long lists are being read; try again, or page with limit.")
     return long_list(batch, after, limit)
 
 
@@ -235,25 +235,19 @@ def read_batch(after, limit):
     """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
     rows = min(limit, BATCH_ROWS)
     batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
-    return batch or b"", last, 0 if count == found < rows or not count else limit - count
+    ended = not count or count == found < rows
+    return batch or b"", last, 0 if ended else limit - count
 
 
 # == Database =========================================================================================================
 # Each statement borrows a connection, and every wait has an end. PostgreSQL keeps to a timeout by itself; but a frozen
 # server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging: hence `wait`. No connection
-# outlives an error; and when one got no answer, the pool is replaced, as the others are no better.
+# outlives an error; and when one got no answer, all that were opened before are replaced, as they are no better.
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
 CONNECT_SECONDS = max(2, PGCONNECT_TIMEOUT) - 0.1 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS
 RETRY_SECONDS = 0.9   # from one attempt to connect to the next, while the database is away
-RETRY = ("Retry-After", "1")
 NO_ANSWER = "The database does not answer in time; try again in a second."
-REFUSALS = {  # by what an error's SQLSTATE begins with: what the client is told, and whether its end is unknown
-    "no connection": ("There is no connection to the database; try again in a second.", False),
-    "42P01": ("The table of messages is missing; whoever runs the service has to apply schema.sql.", False),
-    "57014": (NO_ANSWER, False),  # the server has cancelled the statement
-    "57P|08|XX|40003|$": (NO_ANSWER, True),  # it or the network has broken off, or there was no answer
-    "": ("The database refuses this, and the log of the service says why; try again later.", False)}
 waiting = threading.local()  # .deadline: until when, in time.monotonic(), this thread waits for the database
 
 
@@ -264,13 +258,14 @@ class Connection(extensions.connection):
     retry_at, failure = 0, ""
 
     def __init__(self, dsn):
-        begun = time.monotonic()
-        if begun < Connection.retry_at:
+        self.begun = time.monotonic()
+        if self.begun < Connection.retry_at:
             raise psycopg2.OperationalError(Connection.failure)
         try:
             super().__init__(dsn)
         except psycopg2.Error as error:
-            Connection.retry_at, Connection.failure = max(begun + RETRY_SECONDS, time.monotonic() + 0.1), str(error)
+            Connection.retry_at = max(self.begun + RETRY_SECONDS, time.monotonic() + 0.1)
+            Connection.failure = str(error)
             raise
         self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
         extensions.register_type(extensions.BYTES, self)  # text as it comes, in UTF-8
@@ -282,70 +277,70 @@ class Database:
     def __init__(self):
         extensions.set_wait_callback(wait)
         self.free, self.lent = threading.Semaphore(THREADS), set()  # a pool raises an error where this waits
-        self.worked_at, self.stop_at = 0, float("inf")
+        self.worked_at, self.silent_at, self.stop_at = 0, 0, float("inf")
         self.state, self.logged, self.lock = "works again", {}, threading.Lock()
-        self.renew()
-
-    def renew(self):
-        """Begins a new pool. What the old one has lent goes back to it; the rest closes, as nothing refers to it."""
         self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
                                                 fallback_application_name="msgsvc")
         self.pool.minconn = THREADS  # how many it keeps; given above, it would open them all at once
 
     def query(self, statement, *values, expected=()):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an `expected` error as it is."""
-        waiting.deadline, connection = time.monotonic() + ANSWER_SECONDS, None
+        waiting.deadline = time.monotonic() + ANSWER_SECONDS
         with self.free:
-            lender = self.pool
+            connection = self.borrow()
             try:
-                connection = self.borrow(lender)
-                with connection.cursor() as cursor:
-                    if not connection.prepared:
-                        cursor.execute(SESSION)
-                        connection.prepared = True
-                    cursor.execute(statement, values)
-                    row = cursor.fetchone()
+                cursor = connection.cursor()
+                if not connection.prepared:
+                    cursor.execute(SESSION)
+                    connection.prepared = True
+                cursor.execute(statement, values)
+                row = cursor.fetchone()
             except expected:
                 raise
             except psycopg2.Error as error:
-                raise self.refusal(error, lender, connection) from None
+                connection.close()
+                raise self.refusal(error, connection) from None
             finally:
-                if connection:
-                    lender.putconn(connection)
-                    self.lent.discard(connection)
+                self.pool.putconn(connection)
+                self.lent.discard(connection)
         self.worked_at = time.monotonic()
-        self.report("works again")
+        self.report(logging.INFO, "works again")
         return row
 
-    def borrow(self, lender):
-        """Returns a connection of a pool; where the server allows no more of them, waits for one of the lent."""
+    def borrow(self):
+        """Returns a connection from the pool; where the server allows no more of them, waits for one of the lent."""
         while time.monotonic() < min(waiting.deadline, self.stop_at):
             try:
-                while ready(connection := lender.getconn(), select.POLLIN, 0):  # though idle: the server has closed it
-                    lender.putconn(connection, close=True)
-                self.lent.add(connection)
-                return connection
-            except psycopg2.Error:
+                connection = self.pool.getconn()
+                if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
+                    self.lent.add(connection)
+                    return connection
+                self.pool.putconn(connection, close=True)  # if it is readable, though idle, the server has closed it
+            except psycopg2.Error as error:
                 if not self.lent and time.monotonic() > self.worked_at + 0.1:  # one may just have been given back
-                    raise
+                    raise self.refusal(error) from None
                 time.sleep(0.01)
-        raise Refusal(503, NO_ANSWER, RETRY)
+        raise Refusal(503, NO_ANSWER)
 
-    def refusal(self, error, lender, connection):
-        """Closes the connection that has seen an error, logs that, and returns what the client is told of it."""
-        code = error.pgcode or "" if connection else "no connection"
-        sentence, unknown = next(REFUSALS[begin] for begin in REFUSALS if re.match(begin, code))
-        self.report(" ".join((error.diag.message_primary or str(error)).split()) + f" ({sentence})", logging.WARNING)
-        if connection:
-            connection.close()
-            if lender is self.pool and not code:
-                self.renew()
-        return Refusal(503, sentence, RETRY, unknown=unknown and connection.prepared)
+    def refusal(self, error, connection=None):
+        """Logs an error, and returns what the client is told of it."""
+        code = error.pgcode or ""
+        unknown = not code or code.startswith(("08", "40003", "57P", "XX"))  # no answer, or it was broken off
+        if not connection:
+            sentence = "There is no connection to the database; try again in a second."
+        elif unknown or code == "57014":  # the server has cancelled the statement
+            sentence = NO_ANSWER
+        elif code == "42P01":
+            sentence = "The table of messages is missing; whoever runs the service has to apply schema.sql."
+        else:
+            sentence = "The database refuses this, and the log of the service says why; try again later."
+        self.report(logging.WARNING, f"{' '.join((error.diag.message_primary or str(error)).split())} ({sentence})")
+        if connection and not code:
+            self.silent_at = time.monotonic()
+        return Refusal(503, sentence, unknown and connection and connection.prepared)
 
-    def report(self, state, level=logging.INFO):
+    def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
-        if state == self.state:
-            return
         with self.lock:
             if state != self.state and time.monotonic() > self.logged.get(state, -20) + 20:
                 self.state, self.logged[state] = state, time.monotonic()
@@ -376,6 +371,9 @@ database = Database()
 # To write and flush each line where it is logged costs half of the throughput, in lock hand-overs. There it is only
 # noted; a thread for each destination writes what has come in, as one block.
 
+FORMATTER = logging.Formatter("%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+FORMATTER.converter = time.gmtime
+
 
 class BlockHandler(logging.Handler):
     """Collects records, and hands their lines to another handler five times a second."""
@@ -390,7 +388,7 @@ class BlockHandler(logging.Handler):
 
     def run(self):
         while not self.ended.wait(0.2) or self.records:
-            lines = [self.format(self.records.popleft()) for _ in range(len(self.records))]
+            lines = [FORMATTER.format(self.records.popleft()) for _ in range(len(self.records))]
             if lines:
                 self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
@@ -403,8 +401,11 @@ class BlockHandler(logging.Handler):
 
 def set_up_log():
     """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
+    logging.raiseExceptions = False  # a full disk is no reason for tracebacks
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
     stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
-    targets, trouble = [logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))], None
+    stdout = logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))
+    logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(stdout)])
     try:
         for replica in range(1, 1000):
             folder = LOG_DIR / str(replica) if replica > 1 else LOG_DIR
@@ -412,16 +413,10 @@ def set_up_log():
             with contextlib.suppress(BlockingIOError):  # another process has it
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the descriptor is open
                 break
-        targets.append(logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5, "utf-8"))
+        file = logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5, "utf-8")
+        logging.getLogger().addHandler(BlockHandler(file))
     except OSError as error:
-        trouble = error
-    logging.Formatter.converter = time.gmtime
-    logging.raiseExceptions = False  # a full disk is no reason for tracebacks
-    logging.basicConfig(format="%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S",
-                        level=logging.INFO, handlers=[BlockHandler(target) for target in targets])
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
-    if trouble:
-        log.warning("no log file: %s", trouble)
+        log.warning("no log file: %s", error)
 
 
 # == Embedded PostgreSQL ==============================================================================================
@@ -447,16 +442,17 @@ def postgres_command(program, data, *arguments):
 
 def start_postgres():
     """Starts PostgreSQL on .pgdata/, which it makes if need be, until this process ends; applies schema.sql."""
-    data, new, sockets = Path(".pgdata").absolute(), Path(".pgdata.new").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
+    data, sockets = Path(".pgdata").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
     atexit.register(shutil.rmtree, sockets, ignore_errors=True)
     os.environ.update(PGHOST=sockets, PGPORT="5432", PGUSER="postgres", PGDATABASE="postgres")
-    if not data.exists():  # made under another name, so that one that is half made is never taken for it
-        shutil.rmtree(new, ignore_errors=True)
+    if not data.exists():  # made elsewhere, so that one that is half made, or still being made, is never taken for it
+        new = data.parent / ".pgdata.new" / str(os.getpid())
         made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
                               capture_output=True, text=True)
         if made.returncode:
             leave(1, f"cannot make {data}: {made.stderr.strip().splitlines()[-1]}")
         new.rename(data)
+        shutil.rmtree(new.parent, ignore_errors=True)
     for _ in range(10):  # the server of a process that was killed may still be about to end
         with open(data / "log", "ab") as output:
             server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
@@ -464,8 +460,7 @@ def start_postgres():
         atexit.register(stop_postgres, server)
         while server.poll() is None:
             waiting.deadline = time.monotonic() + ANSWER_SECONDS
-            with contextlib.suppress(psycopg2.OperationalError), contextlib.closing(psycopg2.connect("")) as connection:
-                connection.autocommit = True
+            with contextlib.suppress(psycopg2.OperationalError), psycopg2.connect("") as connection:
                 connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
                 return
             time.sleep(0.1)
@@ -541,7 +536,7 @@ def main():
     server = start_server(requests)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, lambda number, frame: (signals.append(number), server.pull_trigger()))
+            signal.signal(number, lambda number, frame: signals.append(number))
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         start_postgres()
     if hasattr(os, "sched_setaffinity"):  # one core for all threads: the interpreter lock changes hands at less cost
@@ -557,7 +552,7 @@ def main():
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
     while not signals:
-        wasyncore.loop(1, use_poll=True, map=server._map, count=1)
+        wasyncore.loop(0.2, use_poll=True, map=server._map, count=1)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
     for thread in threads:
