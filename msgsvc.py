@@ -116,9 +116,10 @@ def respond(environ):
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query string as an int from `lowest` to PostgreSQL's highest bigint."""
-    text, *others = parameters.get(name, [str(default)])
-    digits = re.fullmatch("0*([0-9]{1,19})", text)
-    if others or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
+    if not (values := parameters.get(name)):
+        return default
+    digits = re.fullmatch("0*([0-9]{1,19})", values[0])
+    if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
     return int(digits[1])
 
@@ -341,6 +342,8 @@ class Database:
 
     def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
+        if state == self.state:
+            return
         with self.lock:
             if state != self.state and time.monotonic() > self.logged.get(state, -20) + 20:
                 self.state, self.logged[state] = state, time.monotonic()
@@ -402,6 +405,7 @@ class BlockHandler(logging.Handler):
 def set_up_log():
     """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
+    logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
     stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
     stdout = logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))
@@ -451,7 +455,8 @@ def start_postgres():
                               capture_output=True, text=True)
         if made.returncode:
             leave(1, f"cannot make {data}: {made.stderr.strip().splitlines()[-1]}")
-        new.rename(data)
+        with contextlib.suppress(OSError):  # another service has been faster
+            new.rename(data)
         shutil.rmtree(new.parent, ignore_errors=True)
     for _ in range(10):  # the server of a process that was killed may still be about to end
         with open(data / "log", "ab") as output:
