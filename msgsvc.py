@@ -514,10 +514,13 @@ def start_server(requests):
 def work(requests):
     """Answers one request after another, until None comes: what each thread does."""
     while client := requests.get():
-        if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait for it
-            client.cancel()
-        else:
-            client.service()
+        try:
+            if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait
+                client.cancel()
+            else:
+                client.service()
+        except Exception:  # the thread is still needed
+            log.exception("this is a bug:")
 
 
 def drain(server):
