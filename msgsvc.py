@@ -277,7 +277,8 @@ class Database:
 
     def __init__(self):
         extensions.set_wait_callback(wait)
-        self.free, self.lent = threading.Semaphore(THREADS), set()  # a pool raises an error where this waits
+        self.free = threading.Semaphore(THREADS)  # a pool raises an error where this waits
+        self.lent = set()  # the threads that have a connection
         self.worked_at, self.silent_at, self.stop_at = 0, 0, float("inf")
         self.state, self.logged, self.lock = "works again", {}, threading.Lock()
         self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
@@ -303,7 +304,7 @@ class Database:
                 raise self.refusal(error, connection) from None
             finally:
                 self.pool.putconn(connection)
-                self.lent.discard(connection)
+                self.lent.discard(threading.get_ident())
         self.worked_at = time.monotonic()
         self.report(logging.INFO, "works again")
         return row
@@ -314,7 +315,7 @@ class Database:
             try:
                 connection = self.pool.getconn()
                 if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
-                    self.lent.add(connection)
+                    self.lent.add(threading.get_ident())
                     return connection
                 self.pool.putconn(connection, close=True)  # if it is readable, though idle, the server has closed it
             except psycopg2.Error as error:
