@@ -194,14 +194,20 @@ SESSION = f"""
     SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM ahead)
     FROM (SELECT id, text, created_at FROM messages
           WHERE id > $1 AND id <= (SELECT last FROM ahead) ORDER BY id LIMIT $2) AS message"""
-UNSTORABLE = (errors.CheckViolation, errors.CharacterNotInRepertoire, errors.UntranslatableCharacter)
+
+
+def text_is_at_fault(error):
+    """Returns whether it is the text that the database cannot store, and not the id, the rights or the disk."""
+    if isinstance(error, errors.CheckViolation):
+        return "text" in (error.diag.constraint_name or "")
+    return isinstance(error, (errors.CharacterNotInRepertoire, errors.UntranslatableCharacter))
 
 
 def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
     try:
-        (message,) = database.query("EXECUTE add(%s)", text, expected=UNSTORABLE)
-    except UNSTORABLE:
+        (message,) = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
+    except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
         outcome = "It is unknown whether the message was stored: look at the list before you send it again."
@@ -249,7 +255,7 @@ ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
 CONNECT_SECONDS = max(2, PGCONNECT_TIMEOUT) - 0.1 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS
 RETRY_SECONDS = 0.9   # from one attempt to connect to the next, while the database is away
 NO_ANSWER = "The database does not answer in time; try again in a second."
-waiting = threading.local()  # .deadline: until when, in time.monotonic(), this thread waits for the database
+waiting = threading.local()  # until its .deadline, in time.monotonic(), this thread waits for the database
 
 
 class Connection(extensions.connection):
@@ -285,26 +291,30 @@ class Database:
                                                 fallback_application_name="msgsvc")
         self.pool.minconn = THREADS  # how many it keeps; given above, it would open them all at once
 
-    def query(self, statement, *values, expected=()):
-        """Runs a prepared statement; returns its row. Raises a Refusal, or an `expected` error as it is."""
-        waiting.deadline = time.monotonic() + ANSWER_SECONDS
-        with self.free:
+    def query(self, statement, *values, expected=lambda error: False):
+        """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
+        waiting.deadline = waiting.__dict__.pop("arrived", time.monotonic()) + ANSWER_SECONDS
+        if not self.free.acquire(timeout=max(0, waiting.deadline - time.monotonic())):
+            raise Refusal(503, NO_ANSWER)
+        connection = None
+        try:
             connection = self.borrow()
-            try:
-                cursor = connection.cursor()
-                if not connection.prepared:
-                    cursor.execute(SESSION)
-                    connection.prepared = True
-                cursor.execute(statement, values)
-                row = cursor.fetchone()
-            except expected:
+            cursor = connection.cursor()
+            if not connection.prepared:
+                cursor.execute(SESSION)
+                connection.prepared = True
+            cursor.execute(statement, values)
+            row = cursor.fetchone()
+        except psycopg2.Error as error:
+            if expected(error):
                 raise
-            except psycopg2.Error as error:
-                connection.close()
-                raise self.refusal(error, connection) from None
-            finally:
+            connection.close()
+            raise self.refusal(error, connection) from None
+        finally:
+            if connection:
                 self.pool.putconn(connection)
                 self.lent.discard(threading.get_ident())
+            self.free.release()
         self.worked_at = time.monotonic()
         self.report(logging.INFO, "works again")
         return row
@@ -336,7 +346,10 @@ class Database:
             sentence = "The table of messages is missing; whoever runs the service has to apply schema.sql."
         else:
             sentence = "The database refuses this, and the log of the service says why; try again later."
-        self.report(logging.WARNING, f"{' '.join((error.diag.message_primary or str(error)).split())} ({sentence})")
+        message = " ".join((error.diag.message_primary or str(error)).split())
+        if code.startswith(("22", "23", "P0")):  # messages of these may quote a text, which is not to be logged
+            message = f"{type(error).__name__}, SQLSTATE {code}"
+        self.report(logging.WARNING, f"{message} ({sentence})")
         if connection and not code:
             self.silent_at = time.monotonic()
         return Refusal(503, sentence, unknown and connection and connection.prepared)
@@ -464,11 +477,16 @@ def start_postgres():
             server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
                                       stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         atexit.register(stop_postgres, server)
+        end = time.monotonic() + 30
         while server.poll() is None:
             waiting.deadline = time.monotonic() + ANSWER_SECONDS
-            with contextlib.suppress(psycopg2.OperationalError), psycopg2.connect("") as connection:
-                connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
+            try:
+                with psycopg2.connect("") as connection:
+                    connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
                 return
+            except psycopg2.Error as error:  # it is not ready yet, or never will be
+                if time.monotonic() > end:
+                    leave(1, f"PostgreSQL runs on {data}, but not for this service: {' '.join(str(error).split())}")
             time.sleep(0.1)
         time.sleep(0.5)
     reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
@@ -502,7 +520,8 @@ def start_server(requests):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     return create_server(
         app, sockets=[listener],
-        _dispatcher=types.SimpleNamespace(add_task=requests.put),  # its own takes three locks to hand a request over
+        _dispatcher=types.SimpleNamespace(  # its own takes three locks to hand a request over
+            add_task=lambda client: requests.put((time.monotonic(), client))),
         connection_limit=max(10, min(1_000, (files - THREADS) // 2 - 30)),  # each may need a file, too
         outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
@@ -514,7 +533,8 @@ def start_server(requests):
 
 def work(requests):
     """Answers one request after another, until None comes: what each thread does."""
-    while client := requests.get():
+    while request := requests.get():
+        waiting.arrived, client = request
         try:
             if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait
                 client.cancel()

@@ -573,7 +573,7 @@ def test_an_error_of_the_database_s_own_is_not_blamed_on_the_text(plain_database
     service.post("first")
     database.run("ALTER TABLE messages ALTER id RESTART")
     service.error(503, "POST", body=b'{"text": "x"}', headers=JSON)
-    eventually(lambda: "database: duplicate key" in service.log())
+    eventually(lambda: "database: UniqueViolation" in service.log())
     assert service.post("second")[0] == 201
 
 
@@ -641,8 +641,25 @@ def test_no_more_ids_are_not_the_sender_s_fault(database, start):
     service = start()
     database.run("SELECT setval(pg_get_serial_sequence('messages', 'id'), 9223372036854775807)")
     assert post_x(service, 503).endswith("The message was not stored.")
-    eventually(lambda: "WARNING database: nextval: reached maximum value" in service.log())
+    eventually(lambda: "WARNING database: SequenceGeneratorLimitExceeded" in service.log())
     assert service.list() == []
+
+
+@pytest.mark.parametrize("change", [
+    "ALTER SEQUENCE messages_id_seq MINVALUE -500 RESTART WITH -500",
+    "ALTER TABLE messages ADD CONSTRAINT late CHECK (created_at < '2026-01-01')",
+    "ALTER TABLE messages ADD CONSTRAINT numbers CHECK (text::int > 0)"])
+def test_a_refusal_for_other_reasons_than_the_text_is_a_503_and_logs_no_text(own_database, start, change):
+    service = start()
+    own_database.run(change)
+    try:
+        for number in range(20):
+            body = json.dumps({"text": f"secret {number}"}).encode()
+            assert service.error(503, "POST", body=body, headers=JSON)[0].endswith("The message was not stored.")
+        assert service.stop() == 0
+        assert service.log().count("WARNING database: ") == 1 and "secret" not in service.log()
+    finally:
+        own_database.run("DROP TABLE messages")
 
 
 def test_where_reads_work_and_writes_do_not_the_log_stays_short_and_the_answers_true(database, role, start):
@@ -692,7 +709,7 @@ def test_bytes_that_are_no_text_are_a_503_and_a_line(database, start):
             connection.set_client_encoding("SQL_ASCII")
             connection.cursor().execute(r"INSERT INTO messages (text) VALUES (E'\xff\xfe')")
         assert "stored" not in service.error(503)[0]
-        eventually(lambda: "WARNING database: invalid byte sequence" in service.log())
+        eventually(lambda: "WARNING database: CharacterNotInRepertoire" in service.log())
         assert service.stop() == 0
     finally:
         database.run(f"DROP DATABASE {name} WITH (FORCE)")
@@ -895,6 +912,15 @@ def test_a_frozen_server_does_not_hold_up_the_end(own_database, start):
         assert service.stop() == 0
         assert time.monotonic() - begun < 8
         assert waiting.result()[0] == 503
+
+
+def test_200_clients_behind_a_lock_wait_no_longer_than_one(database, start):
+    service = start()
+    with database.locked():
+        begun = time.monotonic()
+        assert at_once(200, lambda _: service.ask()[0]) == [503] * 200
+        assert time.monotonic() - begun < 20
+    assert service.list() == []
 
 
 class Proxy:
