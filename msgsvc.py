@@ -255,7 +255,9 @@ ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
 CONNECT_SECONDS = max(2, PGCONNECT_TIMEOUT) - 0.1 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS
 RETRY_SECONDS = 0.9   # from one attempt to connect to the next, while the database is away
 NO_ANSWER = "The database does not answer in time; try again in a second."
-waiting = threading.local()  # until its .deadline, in time.monotonic(), this thread waits for the database
+# Of this thread, in time.monotonic(): until its .deadline it waits for the database. That counts from when its request
+# had .arrived, for the request's first statement, and from the statement's own start for later ones.
+waiting = threading.local()
 
 
 class Connection(extensions.connection):
@@ -350,9 +352,10 @@ class Database:
         if code.startswith(("22", "23", "P0")):  # messages of these may quote a text, which is not to be logged
             message = f"{type(error).__name__}, SQLSTATE {code}"
         self.report(logging.WARNING, f"{message} ({sentence})")
+        sent = connection is not None and connection.prepared  # SESSION was through, so the statement was under way
         if connection and not code:
             self.silent_at = time.monotonic()
-        return Refusal(503, sentence, unknown and connection and connection.prepared)
+        return Refusal(503, sentence, unknown and sent)
 
     def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
@@ -477,20 +480,27 @@ def start_postgres():
             server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
                                       stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
         atexit.register(stop_postgres, server)
-        end = time.monotonic() + 30
-        while server.poll() is None:
-            waiting.deadline = time.monotonic() + ANSWER_SECONDS
-            try:
-                with psycopg2.connect("") as connection:
-                    connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
-                return
-            except psycopg2.Error as error:  # it is not ready yet, or never will be
-                if time.monotonic() > end:
-                    leave(1, f"PostgreSQL runs on {data}, but not for this service: {' '.join(str(error).split())}")
-            time.sleep(0.1)
+        if apply_schema(server):
+            return
         time.sleep(0.5)
     reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
     leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it.")
+
+
+def apply_schema(server):
+    """Applies schema.sql as soon as the server is ready; returns whether that came before its end."""
+    end = time.monotonic() + 30
+    while server.poll() is None:
+        waiting.deadline = time.monotonic() + ANSWER_SECONDS
+        try:
+            with psycopg2.connect("") as connection:
+                connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
+            return True
+        except psycopg2.Error as error:  # it is not ready yet, or never will be
+            if time.monotonic() > end:
+                leave(1, f"PostgreSQL runs, but not for this service: {' '.join(str(error).split())}")
+        time.sleep(0.1)
+    return False
 
 
 def stop_postgres(server):
