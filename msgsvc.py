@@ -498,7 +498,7 @@ def start_postgres():
         atexit.register(stop_postgres, server)
         if apply_schema(server):
             return
-        time.sleep(0.5)
+        time.sleep(0.3)
     reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
     leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it;"
              " if that does not help, delete the folder, and with it all messages.")
@@ -631,7 +631,7 @@ def main():
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
     while not signals:
-        wasyncore.loop(0.2, use_poll=True, map=server._map, count=1)
+        wasyncore.loop(0.1, use_poll=True, map=server._map, count=1)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
     for thread in threads:
