@@ -233,9 +233,10 @@ def add_message(text):
     except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
-        outcome = "It is unknown whether the message was stored: look at the list before you send it again."
-        outcome = outcome if refusal.unknown else "The message was not stored."
-        raise Refusal(503, f"{refusal} {outcome}") from None
+        stored = "The message was not stored."
+        if refusal.unknown:
+            stored = "It is unknown whether the message was stored: look at the list before you send it again."
+        raise Refusal(503, f"{refusal} {stored}") from None
     return row[0] + b"\n"
 
 
