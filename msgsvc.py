@@ -304,12 +304,14 @@ class Connection(extensions.connection):
 
 
 class Database:
-    """The pool, and what is known of the server behind it."""
+    """The pool, and what is known of the server behind it; times are in time.monotonic()."""
 
     def __init__(self):
         extensions.set_wait_callback(wait)
         self.free = threading.Semaphore(THREADS)  # a pool raises an error where this waits
-        self.lent_at, self.silent_at, self.stop_at = 0, 0, float("inf")
+        self.lent_at = 0             # when a connection was last lent
+        self.silent_at = 0           # when a statement last got no answer
+        self.stop_at = float("inf")  # when nobody waits any longer, as the process ends
         self.state, self.logged, self.lock = "works again", {}, threading.Lock()
         self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
                                                 fallback_application_name="msgsvc")
@@ -445,7 +447,8 @@ class BlockHandler(logging.Handler):
 
 def set_up_log():
     """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
-    logging.raiseExceptions = False  # a full disk is no reason for tracebacks
+    logging.raiseExceptions = False  # a full disk is no reason for tracebacks, here or where a file is dropped
+    sys.unraisablehook = lambda ignored: log.warning("ignored: %r", ignored.exc_value)
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
     stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
