@@ -785,7 +785,7 @@ def app_schema(database):
     database.run("DROP SCHEMA app CASCADE")
 
 
-OTHERS = ("-c search_path=app -c timezone=Asia/Tokyo -c statement_timeout=1 -c enable_seqscan=on"
+OTHERS = ("-c search_path=app -c timezone=Asia/Tokyo -c statement_timeout=400 -c enable_seqscan=on"
           " -c client_encoding=LATIN1")
 
 
@@ -810,7 +810,14 @@ def test_the_connect_timeout_of_a_service_file_counts(start, tmp_path):
 
 
 def test_pgoptions_count_where_the_service_has_no_setting_of_its_own(app_schema, start):
-    start(PGOPTIONS=OTHERS).answers_in_utf8_and_utc()
+    service = start(PGOPTIONS=OTHERS)
+    service.answers_in_utf8_and_utc()
+    with contextlib.closing(app_schema.connect()) as connection, ThreadPoolExecutor(1) as thread:
+        connection.cursor().execute("BEGIN; LOCK TABLE app.messages")
+        answer = thread.submit(service.post, "late")
+        time.sleep(0.8)
+        connection.cursor().execute("ROLLBACK")
+        assert answer.result()[0] == 201
 
 
 def test_pgbouncer_with_its_defaults_is_served_through(database, start, tmp_path):
