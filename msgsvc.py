@@ -58,7 +58,7 @@ HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = whole_number("PORT", 3000, 65535)
 THREADS = whole_number("THREADS", 8, 1000)  # statements at a time
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
-whole_number("PGCONNECT_TIMEOUT", 2, 999_999_999, -999_999_999)  # which libpq reads itself
+os.environ["PGCONNECT_TIMEOUT"] = str(whole_number("PGCONNECT_TIMEOUT", 2, 999_999_999, -999_999_999))  # seconds
 os.environ["PGTZ"] = "UTC"  # libpq hands it to the server, where nothing outranks it
 
 # == HTTP =============================================================================================================
@@ -114,7 +114,7 @@ def app(environ, start_response):
 
 def respond(environ):
     """Returns the status and the body: a list of bytes, or an iterator of them if there are many."""
-    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO hides it
+    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO shows one
     if environ.get("PATH_INFO") != PATH or doubled:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
@@ -227,9 +227,6 @@ def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
     try:
         row = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
-        if not row:
-            database.report(logging.WARNING, "a trigger keeps a message out of the table")
-            raise Refusal(503, REFUSED)
     except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
@@ -237,6 +234,9 @@ def add_message(text):
         if refusal.unknown:
             stored = "It is unknown whether the message was stored: look at the list before you send it again."
         raise Refusal(503, f"{refusal} {stored}") from None
+    if not row:
+        database.report(logging.WARNING, "a trigger keeps a message out of the table")
+        raise Refusal(503, f"{REFUSED} The message was not stored.")
     return row[0] + b"\n"
 
 
@@ -268,24 +268,25 @@ def read_batch(after, limit):
     """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
     rows = min(limit, BATCH_ROWS)
     batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
-    ended = not count or count == found < rows
+    ended = count == found < rows
     return batch or b"", last, 0 if ended else limit - count
 
 
 # == Database =========================================================================================================
 # Each statement borrows a connection, and every wait has an end. PostgreSQL keeps to a timeout by itself; but a frozen
 # server does not, and no timeout of libpq's sees it, as its kernel goes on acknowledging: hence `wait`. No connection
-# outlives an error; and when one got no answer, all that were opened before are replaced, as they are no better.
+# outlives an error, but for a text that cannot be stored; and when one got no answer, all that were opened before are
+# replaced, as they are no better.
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
 RETRY_SECONDS = 0.9   # from a failed attempt to connect to the next one
-LENT_SECONDS = 2      # as long after a connection was lent, it may come back to one who got none
+LENT_SECONDS = 2      # after one was lent: so long, whoever gets none waits for it to come back
 REFUSED = "The database refuses this, and the log of the service says why; try again later."
 NO_ANSWER = "The database does not answer in time; try again in a second."
 
 
 class Connection(extensions.connection):
-    """A connection. The pool holds its lock while it opens one: others wait, and fail at once if that has failed."""
+    """A connection. The pool opens one at a time; who waited for an attempt that failed makes none of his own."""
 
     prepared = False  # whether SESSION has been run
     retry_at, failure = 0, ""
@@ -354,10 +355,11 @@ class Database:
                     raise self.refusal(error) from None
                 time.sleep(0.01)
                 continue
-            if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
-                self.lent_at = time.monotonic()
-                return connection
-            self.pool.putconn(connection, close=True)  # if it is readable, though idle, the server has closed it
+            if connection.begun < self.silent_at or ready(connection, select.POLLIN, 0):  # readable, as it was closed
+                self.pool.putconn(connection, close=True)
+                continue
+            self.lent_at = time.monotonic()
+            return connection
         raise Refusal(503, NO_ANSWER)
 
     def refusal(self, error, connection=None):
@@ -399,14 +401,16 @@ def wait(connection):
     """Waits until libpq is done. psycopg2 calls this back, and closes the connection when it raises."""
     deadline = request.deadline
     if connection.status == extensions.STATUS_SETUP:  # it is being opened
-        timeout = connection.info.dsn_parameters.get("connect_timeout", "")  # libpq keeps to it only where it waits
-        seconds = int(timeout) if timeout.lstrip("-").isdecimal() else 2
+        seconds = int(connection.info.dsn_parameters["connect_timeout"])  # which libpq minds only where it waits itself
         if seconds > 0:
-            deadline = min(deadline, time.monotonic() + max(2, seconds) - 0.1)
+            deadline = min(deadline, time.monotonic() + max(2, seconds))
     while (state := connection.poll()) != extensions.POLL_OK:
-        while not ready(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT, 100):
-            if time.monotonic() > min(deadline, database.stop_at):
-                raise psycopg2.OperationalError("no answer in time")
+        event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
+        while time.monotonic() < min(deadline, database.stop_at):
+            if ready(connection, event, 100):
+                break
+        else:
+            raise psycopg2.OperationalError("no answer in time")
 
 
 database = Database()
@@ -503,7 +507,7 @@ def start_postgres():
         if apply_schema(server):
             return
         time.sleep(0.3)
-    reason = (data / "log").read_text(errors="replace").strip().splitlines()[-1]
+    reason = (data / "log").read_text(errors="replace").strip().rpartition("\n")[2]
     leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it;"
              " if that does not help, delete the folder, and with it all messages.")
 
@@ -550,21 +554,22 @@ def stop_postgres(server):
 MAX_UNREAD = 1 << 20  # bytes of answers that a client has not read when it asks for more
 
 
-def start_server(requests):
+def start_server(arrivals):
     """Returns waitress's server, listening; it puts each client whose request has arrived whole into the queue."""
     try:
         listener = socket.create_server((HOST, PORT), family=socket.AF_INET6 if ":" in HOST else socket.AF_INET,
                                         dualstack_ipv6=":" in HOST)
-    except (OSError, TypeError) as error:  # TypeError: HOST can be no name of a host
+    except (OSError, TypeError, ValueError) as error:  # HOST can be no name of a host; there is no IPv6
         leave(1, f"cannot listen on {HOST} port {PORT}: {getattr(error, 'strerror', error)}; set HOST and PORT")
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # milliseconds: a reader that takes nothing for so long is cut off
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
-    files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 10_240)  # more than are of use, and macOS takes no more
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = min(hard, 10_240)  # more than are of use, and macOS takes no more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return create_server(
         app, sockets=[listener],
         _dispatcher=types.SimpleNamespace(  # its own takes three locks to hand a request over
-            add_task=lambda client: requests.put((time.monotonic(), client))),
+            add_task=lambda client: arrivals.put((time.monotonic(), client))),
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
         outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
@@ -574,9 +579,9 @@ def start_server(requests):
         log_socket_errors=False)
 
 
-def work(requests):
+def work(arrivals):
     """Answers one request after another, until None comes: what each thread does."""
-    while arrival := requests.get():
+    while arrival := arrivals.get():
         request.arrived, client = arrival
         request.cut_short = False
         try:
@@ -596,7 +601,7 @@ def drain(server):
     database.stop_at = begun + 3
     while time.monotonic() < begun + 0.1:  # for what is still on its way
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
-    wasyncore.dispatcher.close(server)  # the listener
+    wasyncore.dispatcher.close(server)  # the listener alone; server.close() would also close what wakes the loop
     while server.active_channels and time.monotonic() < begun + 3.5:
         for client in server.active_channels.values():
             client.close_when_flushed |= not client.requests  # waitress then closes it, when its answers are out
@@ -616,11 +621,11 @@ def keep_to_one_core():
 
 def main():
     """Serves until SIGTERM, SIGINT or SIGHUP."""
-    requests, threads, signals = queue.SimpleQueue(), [], []
-    server = start_server(requests)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, lambda number, frame: signals.append(number) if threads else sys.exit())
+    arrivals, threads, signals = queue.SimpleQueue(), [], []
+    server = start_server(arrivals)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signum, lambda signum, frame: signals.append(signum) if threads else sys.exit())
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         try:
             start_postgres()
@@ -628,7 +633,7 @@ def main():
             leave(1, f"cannot start PostgreSQL: {error}")
     keep_to_one_core()
     set_up_log()
-    threads += [threading.Thread(target=work, args=[requests], daemon=True) for _ in range(THREADS + LONG_LISTS)]
+    threads += [threading.Thread(target=work, args=[arrivals], daemon=True) for _ in range(THREADS + LONG_LISTS)]
     for thread in threads:
         thread.start()
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
@@ -639,7 +644,7 @@ def main():
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
     for thread in threads:
-        requests.put(None)
+        arrivals.put(None)
     for thread in threads:
         thread.join(0.01)  # one that is stuck is not waited for
     log.info("ended")

@@ -30,7 +30,7 @@ import pytest
 import msgsvc
 
 psycopg2.extensions.set_wait_callback(None)  # which msgsvc has set: the tests wait for as long as they have to
-del os.environ["PGTZ"]
+del os.environ["PGTZ"], os.environ["PGCONNECT_TIMEOUT"]
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "msgsvc.py")]
@@ -947,6 +947,26 @@ def test_an_address_that_answers_nothing_costs_24_clients_no_more_than_one(start
         assert len(attempts) <= lasted / 0.8 + 1
         for connection, _ in attempts:
             connection.close()
+
+
+def test_a_server_that_trickles_does_not_hold_a_request_for_ever(start):
+    ended = threading.Event()
+
+    def trickle(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1_000)
+            connection.sendall(b"E\0\0\x60\0")  # an error of 24 KB begins
+            while not ended.wait(0.02):
+                connection.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as thread:
+        thread.submit(trickle, listener)
+        service = start(PGHOST="127.0.0.1", PGPORT=str(listener.getsockname()[1]), PGSSLMODE="disable")
+        begun = time.monotonic()
+        service.error(503)
+        assert time.monotonic() - begun < 8
+        ended.set()
 
 
 def test_a_frozen_server_ends_in_503_and_is_used_again_and_does_not_hold_up_an_end(own_database, start):
