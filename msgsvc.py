@@ -551,7 +551,9 @@ def stop_postgres(server):
 # waitress's own end drops the requests that wait for a thread (its issue 198). So its loop is turned here, and after a
 # signal it turns for as long as anything is in hand.
 
-MAX_UNREAD = 1 << 20  # bytes of answers that a client has not read when it asks for more
+MAX_UNREAD = 1 << 20   # bytes of answers that a client has not read when it asks for more
+STALLED_SECONDS = 60   # after which a reader that has taken nothing is cut off
+SEND_BUFFER = 1 << 17  # bytes in the kernel for a client; where they are many, a slow reader looks like a stalled one
 
 
 def start_server(arrivals):
@@ -561,8 +563,7 @@ def start_server(arrivals):
                                         dualstack_ipv6=":" in HOST)
     except (OSError, TypeError, ValueError) as error:  # HOST can be no name of a host; there is no IPv6
         leave(1, f"cannot listen on {HOST} port {PORT}: {getattr(error, 'strerror', error)}; set HOST and PORT")
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # milliseconds: a reader that takes nothing for so long is cut off
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = min(hard, 10_240)  # more than are of use, and macOS takes no more
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
@@ -593,6 +594,13 @@ def work(arrivals):
                 client.cancel()
         except Exception:  # the thread is still needed
             log.exception("this is a bug:")
+
+
+def cut_off_stalled_readers(server):
+    """Closes the connections whose clients have taken nothing for long, so that their threads are free again."""
+    for client in list(server.active_channels.values()):
+        if client.total_outbufs_len and time.time() > client.last_activity + STALLED_SECONDS:
+            client.handle_close()
 
 
 def drain(server):
@@ -639,8 +647,12 @@ def main():
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
+    looked = 0
     while not signals:
         wasyncore.loop(0.1, use_poll=True, map=server._map, count=1)
+        if time.monotonic() > looked + 1:
+            looked = time.monotonic()
+            cut_off_stalled_readers(server)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
     for thread in threads:
