@@ -497,6 +497,7 @@ def start_postgres():
     data, sockets = Path(".pgdata").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
     atexit.register(shutil.rmtree, sockets, ignore_errors=True)
     os.environ.update(PGHOST=sockets, PGPORT="5432", PGUSER="postgres", PGDATABASE="postgres")
+    os.environ.pop("PGSERVICE", None)  # which is empty, and would be looked for under that name
     if not data.exists():
         make_cluster(data)
     for _ in range(10):  # the server of a process that was killed may still be about to end

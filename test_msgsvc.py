@@ -1456,7 +1456,7 @@ def test_the_embedded_postgres_starts_in_any_folder_and_widens_no_permissions(em
 
 
 def test_a_second_service_in_one_folder_says_so(embedded):
-    service = embedded()
+    service = embedded(PGHOST="", PGHOSTADDR="", PGSERVICE="")  # empty is not set
     status, output = run(service.folder, NO_DATABASE | {"LOG_DIR": "second"})
     said = re.findall("^msgsvc: .*", output, re.MULTILINE)  # the first one writes to the same file
     assert (status, len(said)) == (1, 1) and "PostgreSQL does not start" in said[0] and "postmaster" in said[0]
