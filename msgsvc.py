@@ -138,8 +138,10 @@ def number(parameters, name, default, lowest):
 def posted_text(environ):
     """Returns the text of the message in the body of a POST."""
     media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" or environ.get("HTTP_CONTENT_ENCODING"):
-        raise Refusal(415, "Send plain JSON, and say so: add -H 'Content-Type: application/json' to the curl command.")
+    if media_type != "application/json":
+        raise Refusal(415, "Send JSON, and say so: add -H 'Content-Type: application/json' to the curl command.")
+    if environ.get("HTTP_CONTENT_ENCODING"):
+        raise Refusal(415, "Send the JSON as it is, without a Content-Encoding.")
     body = environ["wsgi.input"].read(body_size(environ))
     if len(body) > MAX_BODY:
         raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
@@ -509,8 +511,8 @@ def start_postgres():
             return
         time.sleep(0.3)
     reason = (data / "log").read_text(errors="replace").strip().rpartition("\n")[2]
-    leave(1, f"PostgreSQL does not start on {data}: {reason} If no other one runs there, delete postmaster.pid in it;"
-             " if that does not help, delete the folder, and with it all messages.")
+    leave(1, f"PostgreSQL does not start on {data}: {reason} End the other one; if there is none, delete"
+             " postmaster.pid in that folder; if that does not help, the folder, and with it all messages.")
 
 
 def make_cluster(data):
