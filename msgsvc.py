@@ -453,10 +453,12 @@ class BlockHandler(logging.Handler):
 
 def set_up_log():
     """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
-    logging.raiseExceptions = False  # a full disk is no reason for tracebacks, here or where a file is dropped
-    sys.unraisablehook = lambda ignored: log.warning("ignored: %r", ignored.exc_value)
+    logging.raiseExceptions = False  # a full disk is no reason for tracebacks: not here,
+    sys.unraisablehook = lambda ignored: log.warning("ignored: %r", ignored.exc_value)  # nor where a file is dropped
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # less would tell of each client that goes away
+    waitress_log = logging.getLogger("waitress")
+    waitress_log.setLevel(logging.WARNING)  # less would tell of each client that goes away
+    waitress_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], OSError)))
     stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
     stdout = logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))
     logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(stdout)])
