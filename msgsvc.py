@@ -458,6 +458,7 @@ def set_up_log():
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     waitress_log = logging.getLogger("waitress")
     waitress_log.setLevel(logging.WARNING)  # less would tell of each client that goes away
+    # What goes wrong where an answer is buffered or sent is told by the line of its request.
     waitress_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], OSError)))
     stdout = open(1, "wb", buffering=0, closefd=False)  # a buffer's lock would hold up the end where nobody reads
     stdout = logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))
