@@ -229,6 +229,9 @@ def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
     try:
         row = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
+        if not row:
+            database.report(logging.WARNING, "a trigger keeps a message out of the table")
+            raise Refusal(503, REFUSED)
     except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
@@ -236,9 +239,6 @@ def add_message(text):
         if refusal.unknown:
             stored = "It is unknown whether the message was stored: look at the list before you send it again."
         raise Refusal(503, f"{refusal} {stored}") from None
-    if not row:
-        database.report(logging.WARNING, "a trigger keeps a message out of the table")
-        raise Refusal(503, f"{REFUSED} The message was not stored.")
     return row[0] + b"\n"
 
 
@@ -255,11 +255,10 @@ def list_messages(after, limit):
 def long_list(part, after, limit):
     """Yields the array, from its first part on; gives back its place among the long lists."""
     try:
-        yield part
+        yield part  # under one name, so that a reader that stalls holds one copy
         while limit:
-            batch, after, limit = read_batch(after, limit)
-            part = b",\n" + batch if batch else b""
-            del batch  # a reader that stalls holds one copy and not two
+            part, after, limit = read_batch(after, limit)
+            part = b",\n" + part if part else b""
             yield part
         yield b"]\n"
     finally:

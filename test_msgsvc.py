@@ -1033,7 +1033,7 @@ def test_connections_that_die_without_a_word_cost_one_wait_and_not_one_each(own_
         proxy.silence()
         begun = time.monotonic()
         sentence = post_x(service, 503)
-        assert time.monotonic() - begun > 2 and "It is unknown whether the message was stored" in sentence
+        assert 2 < time.monotonic() - begun < 6 and "It is unknown whether the message was stored" in sentence
         begun = time.monotonic()
         assert [service.ask()[0] for _ in range(8)] == [200] * 8
         assert time.monotonic() - begun < 5  # and not 8 times 2.5
@@ -1189,7 +1189,7 @@ def test_where_few_files_may_be_open_fewer_connections_are_taken_and_no_cpu_is_b
             time.sleep(0.5)
             before = cpu_seconds()
             time.sleep(1)
-            assert cpu_seconds() - before < 0.3
+            assert cpu_seconds() - before < 0.25
     assert service.list() == []
     assert service.stop() == 0 and "Traceback" not in service.log()
 
@@ -1359,7 +1359,8 @@ def run(folder, settings, command=SERVE):
     ("PORT", " 1"), ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "1001"), ("PGCONNECT_TIMEOUT", "soon")])
 def test_a_bad_value_is_one_line_and_status_2(tmp_path, name, value):
     status, output = run(tmp_path, {name: value, "PGHOST": "127.0.0.1"})
-    assert (status, output.count("\n")) == (2, 1) and f"{name} must be a whole number from " in output
+    lowest = -999_999_999 if name == "PGCONNECT_TIMEOUT" else 1
+    assert (status, output.count("\n")) == (2, 1) and f"{name} must be a whole number from {lowest} to " in output
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "3"])
