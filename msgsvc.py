@@ -84,7 +84,7 @@ class Refusal(Exception):
 class Request(threading.local):
     """What is known of the request that this thread answers; times are in time.monotonic()."""
 
-    arrived = None     # None after its first statement, as the later ones of a list count anew
+    arrived = None     # when it was whole, which only this file's own server tells
     deadline = 0       # until when it waits for the database
     cut_short = False  # whether its answer was
 
@@ -94,8 +94,9 @@ request = Request()
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun, headers = time.monotonic(), [("Content-Type", "application/json")]
-    head = environ["REQUEST_METHOD"] == "HEAD"
+    begun = request.arrived or time.monotonic()
+    request.deadline = begun + ANSWER_SECONDS
+    head, headers = environ["REQUEST_METHOD"] == "HEAD", [("Content-Type", "application/json")]
     try:
         status, body = respond(environ)
         length = sum(map(len, body)) if head or isinstance(body, list) else None
@@ -220,9 +221,8 @@ SESSION = f"""
 
 def text_is_at_fault(error):
     """Returns whether it is the text that the database cannot store, and not the id, the rights or the disk."""
-    if isinstance(error, errors.CheckViolation):
-        return "text" in (error.diag.constraint_name or "")
-    return isinstance(error, (errors.CharacterNotInRepertoire, errors.UntranslatableCharacter))
+    refused = errors.CheckViolation, errors.CharacterNotInRepertoire, errors.UntranslatableCharacter
+    return isinstance(error, refused) and "text" in (error.diag.constraint_name or "text")
 
 
 def add_message(text):
@@ -257,6 +257,7 @@ def long_list(part, after, limit):
     try:
         yield part  # under one name, so that a reader that stalls holds one copy
         while limit:
+            request.deadline = time.monotonic() + ANSWER_SECONDS
             part, after, limit = read_batch(after, limit)
             part = b",\n" + part if part else b""
             yield part
@@ -321,28 +322,22 @@ class Database:
 
     def query(self, statement, *values, expected=lambda error: False):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
-        request.deadline = (request.arrived or time.monotonic()) + ANSWER_SECONDS
-        request.arrived = None
-        if not self.free.acquire(timeout=max(0, request.deadline - time.monotonic())):
-            raise Refusal(503, NO_ANSWER)
-        connection = None
-        try:
+        with self.free:
             connection = self.borrow()
-            cursor = connection.cursor()
-            if not connection.prepared:
-                cursor.execute(SESSION)
-                connection.prepared = True
-            cursor.execute(statement, values)
-            row = cursor.fetchone()
-        except psycopg2.Error as error:
-            if expected(error):
-                raise
-            connection.close()
-            raise self.refusal(error, connection) from None
-        finally:
-            if connection:
+            try:
+                cursor = connection.cursor()
+                if not connection.prepared:
+                    cursor.execute(SESSION)
+                    connection.prepared = True
+                cursor.execute(statement, values)
+                row = cursor.fetchone()
+            except psycopg2.Error as error:
+                if expected(error):
+                    raise
+                connection.close()
+                raise self.refusal(error, connection) from None
+            finally:
                 self.pool.putconn(connection)
-            self.free.release()
         self.report(logging.INFO, "works again")
         return row
 
@@ -356,11 +351,10 @@ class Database:
                     raise self.refusal(error) from None
                 time.sleep(0.01)
                 continue
-            if connection.begun < self.silent_at or ready(connection, select.POLLIN, 0):  # readable, as it was closed
-                self.pool.putconn(connection, close=True)
-                continue
-            self.lent_at = time.monotonic()
-            return connection
+            if connection.begun > self.silent_at and not ready(connection, select.POLLIN, 0):
+                self.lent_at = time.monotonic()
+                return connection
+            self.pool.putconn(connection, close=True)  # of before a silence, or closed by the server: it is readable
         raise Refusal(503, NO_ANSWER)
 
     def refusal(self, error, connection=None):
@@ -519,14 +513,13 @@ def start_postgres():
 
 def make_cluster(data):
     """Makes the folder `data`, elsewhere at first: one that is half made is never taken for it."""
-    new = data.parent / ".pgdata.new" / str(os.getpid())
+    new = data.with_name(".pgdata.new")
+    shutil.rmtree(new, ignore_errors=True)
     made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
                           capture_output=True, text=True)
     if made.returncode:
         leave(1, f"cannot make {data}: {' '.join(made.stderr.split())}")
-    with contextlib.suppress(OSError):  # another service has been faster
-        new.rename(data)
-    shutil.rmtree(new.parent, ignore_errors=True)
+    new.rename(data)
 
 
 def apply_schema(server):
@@ -549,14 +542,13 @@ def stop_postgres(server):
     """Stops PostgreSQL; where that takes more than a moment, it goes on by itself."""
     server.send_signal(signal.SIGINT)  # its fast shutdown
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(1)
+        server.wait(0.9)
 
 
 # == Process ==========================================================================================================
 # waitress's own end drops the requests that wait for a thread (its issue 198). So its loop is turned here, and after a
 # signal it turns for as long as anything is in hand.
 
-MAX_UNREAD = 1 << 20   # bytes of answers that a client has not read when it asks for more
 STALLED_SECONDS = 60   # after which a reader that has taken nothing is cut off
 SEND_BUFFER = 1 << 17  # bytes in the kernel for a client; where they are many, a slow reader looks like a stalled one
 
@@ -581,31 +573,26 @@ def start_server(arrivals):
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
         send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
-        clear_untrusted_proxy_headers=False,  # nothing here reads them
         log_socket_errors=False)
 
 
 def work(arrivals):
-    """Answers one request after another, until None comes: what each thread does."""
-    while arrival := arrivals.get():
-        request.arrived, client = arrival
+    """Answers one request after another: what each thread does."""
+    while True:
+        request.arrived, client = arrivals.get()
         request.cut_short = False
-        try:
-            if client.total_outbufs_len > MAX_UNREAD:  # it asks on and on, and waitress would let this thread wait
-                client.cancel()
-            else:
-                client.service()
-            if request.cut_short:  # where the disk is full, waitress has what it can neither send nor drop
-                client.cancel()
-        except Exception:  # the thread is still needed
-            log.exception("this is a bug:")
+        client.service()
+        if request.cut_short:  # where the disk is full, waitress has what it can neither send nor drop
+            client.cancel()
 
 
 def cut_off_stalled_readers(server):
-    """Closes the connections whose clients have taken nothing for long, so that their threads are free again."""
+    """Closes the connections whose clients take nothing, the sooner the more they ask for; frees their threads."""
     for client in list(server.active_channels.values()):
-        if client.total_outbufs_len and time.time() > client.last_activity + STALLED_SECONDS:
-            client.handle_close()
+        if client.total_outbufs_len:
+            patience = STALLED_SECONDS / max(1, len(client.requests))
+            if time.time() > client.last_activity + patience:
+                client.handle_close()
 
 
 def drain(server):
@@ -615,12 +602,13 @@ def drain(server):
     while time.monotonic() < begun + 0.1:  # for what is still on its way
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     wasyncore.dispatcher.close(server)  # the listener alone; server.close() would also close what wakes the loop
-    while server.active_channels and time.monotonic() < begun + 3.5:
+    while server.active_channels and time.monotonic() < begun + 3.3:
         for client in server.active_channels.values():
             client.close_when_flushed |= not client.requests  # waitress then closes it, when its answers are out
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     for client in list(server.active_channels.values()):
         client.handle_close()  # a reader that does not read
+    time.sleep(0.1)  # for the lines of these
 
 
 def keep_to_one_core():
@@ -652,18 +640,11 @@ def main():
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
-    looked = 0
     while not signals:
         wasyncore.loop(0.1, use_poll=True, map=server._map, count=1)
-        if time.monotonic() > looked + 1:
-            looked = time.monotonic()
-            cut_off_stalled_readers(server)
+        cut_off_stalled_readers(server)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
-    for thread in threads:
-        arrivals.put(None)
-    for thread in threads:
-        thread.join(0.01)  # one that is stuck is not waited for
     log.info("ended")
 
 
