@@ -81,20 +81,12 @@ class Refusal(Exception):
         self.unknown = unknown  # whether what was asked for may have been done all the same
 
 
-class Request(threading.local):
-    """What is known of the request that this thread answers; times are in time.monotonic()."""
-
-    arrived = None     # when it was whole, which only this file's own server tells
-    deadline = 0       # until when it waits for the database
-    cut_short = False  # whether its answer was
-
-
-request = Request()
+request = threading.local()  # that this thread answers: when it arrived, its deadline, whether its list is cut short
 
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun = request.arrived or time.monotonic()
+    begun = getattr(request, "arrived", None) or time.monotonic()  # other servers do not tell
     request.deadline = begun + ANSWER_SECONDS
     head, headers = environ["REQUEST_METHOD"] == "HEAD", [("Content-Type", "application/json")]
     try:
@@ -128,8 +120,7 @@ def respond(environ):
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query string as an int from `lowest` to PostgreSQL's highest bigint."""
-    if not (values := parameters.get(name)):
-        return default
+    values = parameters.get(name, [str(default)])
     digits = re.fullmatch("0*([0-9]{1,19})", values[0])
     if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
@@ -322,22 +313,26 @@ class Database:
 
     def query(self, statement, *values, expected=lambda error: False):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
-        with self.free:
+        if not self.free.acquire(timeout=max(0, request.deadline - time.monotonic())):
+            raise Refusal(503, NO_ANSWER)
+        connection = None
+        try:
             connection = self.borrow()
-            try:
-                cursor = connection.cursor()
-                if not connection.prepared:
-                    cursor.execute(SESSION)
-                    connection.prepared = True
-                cursor.execute(statement, values)
-                row = cursor.fetchone()
-            except psycopg2.Error as error:
-                if expected(error):
-                    raise
-                connection.close()
-                raise self.refusal(error, connection) from None
-            finally:
+            cursor = connection.cursor()
+            if not connection.prepared:
+                cursor.execute(SESSION)
+                connection.prepared = True
+            cursor.execute(statement, values)
+            row = cursor.fetchone()
+        except psycopg2.Error as error:
+            if expected(error):
+                raise
+            connection.close()
+            raise self.refusal(error, connection) from None
+        finally:
+            if connection:
                 self.pool.putconn(connection)
+            self.free.release()
         self.report(logging.INFO, "works again")
         return row
 
@@ -457,8 +452,7 @@ def set_up_log():
     stdout = logging.StreamHandler(io.TextIOWrapper(stdout, "utf-8", write_through=True))
     logging.basicConfig(level=logging.INFO, handlers=[BlockHandler(stdout)])
     try:
-        for replica in range(1, 1000):
-            folder = LOG_DIR / str(replica) if replica > 1 else LOG_DIR
+        for folder in [LOG_DIR, *(LOG_DIR / str(replica) for replica in range(2, 1000))]:
             folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(BlockingIOError):  # another process has it
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the descriptor is open
@@ -550,6 +544,7 @@ def stop_postgres(server):
 # signal it turns for as long as anything is in hand.
 
 STALLED_SECONDS = 60   # after which a reader that has taken nothing is cut off
+SEND_BYTES = 1 << 16   # of an answer, before waitress sends any: head and body in one piece are several times as fast
 SEND_BUFFER = 1 << 17  # bytes in the kernel for a client; where they are many, a slow reader looks like a stalled one
 
 
@@ -571,7 +566,7 @@ def start_server(arrivals):
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
         outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
-        send_bytes=1 << 16,  # head and body leave in one piece: several times the throughput
+        send_bytes=SEND_BYTES,
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
 
@@ -581,15 +576,18 @@ def work(arrivals):
     while True:
         request.arrived, client = arrivals.get()
         request.cut_short = False
-        client.service()
-        if request.cut_short:  # where the disk is full, waitress has what it can neither send nor drop
-            client.cancel()
+        try:
+            client.service()
+            if request.cut_short:  # where the disk is full, waitress has what it can neither send nor drop
+                client.cancel()
+        except Exception:  # the thread is still needed
+            log.exception("this is a bug:")
 
 
 def cut_off_stalled_readers(server):
-    """Closes the connections whose clients take nothing, the sooner the more they ask for; frees their threads."""
+    """Frees the threads of clients that take nothing: closes their connections, the sooner the more they ask for."""
     for client in list(server.active_channels.values()):
-        if client.total_outbufs_len:
+        if client.total_outbufs_len >= SEND_BYTES:
             patience = STALLED_SECONDS / max(1, len(client.requests))
             if time.time() > client.last_activity + patience:
                 client.handle_close()
