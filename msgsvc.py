@@ -107,7 +107,7 @@ def app(environ, start_response):
 
 def respond(environ):
     """Returns the status and the body: a list of bytes, or an iterator of them if there are many."""
-    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO shows one
+    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO shows one slash
     if environ.get("PATH_INFO") != PATH or doubled:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
@@ -163,7 +163,7 @@ def body_size(environ):
 
 def deliver(environ, begun, status, body):
     """Yields the body, and logs the request at its end, or when the server gives up and closes this (PEP 3333)."""
-    size, request.cut_short = 0, True
+    size, request.cut_short = 0, True  # until the last part is out
     try:
         for part in body:
             yield part
@@ -261,8 +261,9 @@ def read_batch(after, limit):
     """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
     rows = min(limit, BATCH_ROWS)
     batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
-    ended = count == found < rows
-    return batch or b"", last, 0 if ended else limit - count
+    if count == found and found < rows:  # the list has ended
+        limit = count
+    return batch or b"", last, limit - count
 
 
 # == Database =========================================================================================================
@@ -370,7 +371,7 @@ class Database:
         if code.startswith(("22", "23", "P0")):  # messages of these may quote a text, which is not to be logged
             message = f"{type(error).__name__}, SQLSTATE {code}"
         self.report(logging.WARNING, f"{message} ({sentence})")
-        return Refusal(503, sentence, unknown=broken_off and connection and connection.prepared)
+        return Refusal(503, sentence, unknown=bool(broken_off and connection and connection.prepared))
 
     def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
@@ -602,7 +603,8 @@ def drain(server):
     wasyncore.dispatcher.close(server)  # the listener alone; server.close() would also close what wakes the loop
     while server.active_channels and time.monotonic() < begun + 3.3:
         for client in server.active_channels.values():
-            client.close_when_flushed |= not client.requests  # waitress then closes it, when its answers are out
+            if not client.requests:
+                client.close_when_flushed = True  # its answers are all made; waitress closes it when they are out
         wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
     for client in list(server.active_channels.values()):
         client.handle_close()  # a reader that does not read
