@@ -86,7 +86,7 @@ request = threading.local()  # that this thread answers: when it arrived, its de
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun = getattr(request, "arrived", None) or time.monotonic()  # other servers do not tell
+    begun = getattr(request, "arrived", time.monotonic())  # which other servers do not tell
     request.deadline = begun + ANSWER_SECONDS
     head, headers = environ["REQUEST_METHOD"] == "HEAD", [("Content-Type", "application/json")]
     try:
@@ -622,11 +622,11 @@ def keep_to_one_core():
 
 def main():
     """Serves until SIGTERM, SIGINT or SIGHUP."""
-    arrivals, threads, signals = queue.SimpleQueue(), [], []
+    arrivals, signals = queue.SimpleQueue(), []
     server = start_server(arrivals)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signum, lambda signum, frame: signals.append(signum) if threads else sys.exit())
+            signal.signal(signum, lambda signum, frame: signals.append(signum) if log.hasHandlers() else sys.exit())
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         try:
             start_postgres()
@@ -634,9 +634,8 @@ def main():
             leave(1, f"cannot start PostgreSQL: {error}")
     keep_to_one_core()
     set_up_log()
-    threads += [threading.Thread(target=work, args=[arrivals], daemon=True) for _ in range(THREADS + LONG_LISTS)]
-    for thread in threads:
-        thread.start()
+    for _ in range(THREADS + LONG_LISTS):
+        threading.Thread(target=work, args=[arrivals], daemon=True).start()
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
