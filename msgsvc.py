@@ -25,10 +25,9 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 
 import psycopg2
 from psycopg2 import errors, extensions, pool
@@ -86,7 +85,7 @@ request = threading.local()  # that this thread answers: when it arrived, its de
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
-    begun = getattr(request, "arrived", time.monotonic())  # which other servers do not tell
+    begun = getattr(request, "arrived", time.monotonic())  # before it waited for a thread; other servers do not tell
     request.deadline = begun + ANSWER_SECONDS
     head, headers = environ["REQUEST_METHOD"] == "HEAD", [("Content-Type", "application/json")]
     try:
@@ -107,8 +106,8 @@ def app(environ, start_response):
 
 def respond(environ):
     """Returns the status and the body: a list of bytes, or an iterator of them if there are many."""
-    doubled = re.match("([^/]*://[^/]*)?/(/|%2F)", environ.get("REQUEST_URI", ""), re.I)  # PATH_INFO shows one slash
-    if environ.get("PATH_INFO") != PATH or doubled:
+    target = unquote(environ.get("REQUEST_URI", "").partition("?")[0])  # where PATH_INFO shows one slash for many
+    if environ.get("PATH_INFO") != PATH or target.endswith("/" + PATH):
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
         return 201, [add_message(posted_text(environ))]
@@ -183,7 +182,7 @@ def deliver(environ, begun, status, body):
 # transaction. A reader that is slow holds a thread, though; so there are LONG_LISTS more of them than statements.
 
 BATCH_ROWS = 2_000
-BATCH_BYTES = 1 << 17  # of text, about: where the rows ahead have more, a batch takes as many fewer of them
+BATCH_BYTES = 1 << 17  # of text: where the rows ahead have more, a batch ends with the one that reaches this
 LONG_LISTS = 56        # lists of more than one batch that are served at a time
 long_lists = threading.Semaphore(LONG_LISTS)
 
@@ -200,14 +199,20 @@ SESSION = f"""
     SELECT {MESSAGE} FROM message;
 
     PREPARE list (bigint, bigint) AS
-    WITH ahead AS (
+    WITH ahead AS NOT MATERIALIZED (
+        SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2
+    ), short AS (
+        SELECT max(id) AS last
+        FROM (SELECT id, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before FROM ahead) AS row
+        WHERE before < {BATCH_BYTES}
+    ), batch AS (
         SELECT count(*) AS found,
-               (array_agg(id))[ceil(count(*) * {BATCH_BYTES}.0 / greatest({BATCH_BYTES}, sum(size)))::int] AS last
-        FROM (SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row
+               CASE WHEN sum(size) <= {BATCH_BYTES} THEN max(id) ELSE (SELECT last FROM short) END AS last
+        FROM ahead
     )
-    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM ahead)
+    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM batch)
     FROM (SELECT id, text, created_at FROM messages
-          WHERE id > $1 AND id <= (SELECT last FROM ahead) ORDER BY id LIMIT $2) AS message"""
+          WHERE id > $1 AND id <= (SELECT last FROM batch) ORDER BY id LIMIT $2) AS message"""
 
 
 def text_is_at_fault(error):
@@ -220,16 +225,14 @@ def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
     try:
         row = database.query("EXECUTE add(%s)", text, expected=text_is_at_fault)
-        if not row:
-            database.report(logging.WARNING, "a trigger keeps a message out of the table")
-            raise Refusal(503, REFUSED)
     except psycopg2.Error:
         raise Refusal(400, "PostgreSQL cannot store this text; send another.") from None
     except Refusal as refusal:
-        stored = "The message was not stored."
-        if refusal.unknown:
-            stored = "It is unknown whether the message was stored: look at the list before you send it again."
-        raise Refusal(503, f"{refusal} {stored}") from None
+        stored = "It is unknown whether the message was stored: look at the list before you send it again."
+        raise Refusal(503, f"{refusal} {stored if refusal.unknown else NOT_STORED}") from None
+    if not row:
+        database.report(logging.WARNING, "a trigger keeps a message out of the table")
+        raise Refusal(503, f"{REFUSED} {NOT_STORED}")
     return row[0] + b"\n"
 
 
@@ -261,9 +264,9 @@ def read_batch(after, limit):
     """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
     rows = min(limit, BATCH_ROWS)
     batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
-    if count == found and found < rows:  # the list has ended
-        limit = count
-    return batch or b"", last, limit - count
+    if count == found < rows:  # there is nothing behind these
+        return batch or b"", last, 0
+    return batch, last, limit - count
 
 
 # == Database =========================================================================================================
@@ -273,9 +276,11 @@ def read_batch(after, limit):
 # replaced, as they are no better.
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
+START_SECONDS = 1     # before that, within which no statement is begun: it would be given up, and go on in the server
 RETRY_SECONDS = 0.9   # from a failed attempt to connect to the next one
 LENT_SECONDS = 2      # after one was lent: so long, whoever gets none waits for it to come back
 REFUSED = "The database refuses this, and the log of the service says why; try again later."
+NOT_STORED = "The message was not stored."
 NO_ANSWER = "The database does not answer in time; try again in a second."
 
 
@@ -291,9 +296,9 @@ class Connection(extensions.connection):
             raise psycopg2.OperationalError(Connection.failure)
         try:
             super().__init__(dsn)
-        except psycopg2.Error as error:
+        except (psycopg2.Error, ValueError) as error:  # a connect_timeout in a service file may be no number
             Connection.retry_at, Connection.failure = time.monotonic() + RETRY_SECONDS, str(error)
-            raise
+            raise psycopg2.OperationalError(Connection.failure) from None
         self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
         extensions.register_type(extensions.BYTES, self)  # text as it comes, in UTF-8
 
@@ -314,7 +319,7 @@ class Database:
 
     def query(self, statement, *values, expected=lambda error: False):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
-        if not self.free.acquire(timeout=max(0, request.deadline - time.monotonic())):
+        if not self.free.acquire(timeout=max(0, request.deadline - START_SECONDS - time.monotonic())):
             raise Refusal(503, NO_ANSWER)
         connection = None
         try:
@@ -356,10 +361,10 @@ class Database:
     def refusal(self, error, connection=None):
         """Logs an error, and returns what the client is told of it."""
         code = error.pgcode or ""
-        broken_off = not code or code.startswith(("08", "40003", "57P", "XX"))  # an answer may have been lost
+        lost = connection and (not code or code.startswith(("08", "40003", "57P", "XX")))  # the answer, maybe
         if not connection:
             sentence = "There is no connection to the database; try again in a second."
-        elif broken_off or code == "57014":  # the server has cancelled the statement
+        elif lost or code == "57014":  # the server has cancelled the statement
             sentence = NO_ANSWER
         elif code == "42P01":
             sentence = "The table of messages is missing; whoever runs the service has to apply schema.sql."
@@ -371,7 +376,7 @@ class Database:
         if code.startswith(("22", "23", "P0")):  # messages of these may quote a text, which is not to be logged
             message = f"{type(error).__name__}, SQLSTATE {code}"
         self.report(logging.WARNING, f"{message} ({sentence})")
-        return Refusal(503, sentence, unknown=bool(broken_off and connection and connection.prepared))
+        return Refusal(503, sentence, unknown=bool(lost and connection.prepared))
 
     def report(self, level, state):
         """Logs the database's state when it has changed, but none more than once in 20 seconds."""
@@ -397,11 +402,11 @@ def wait(connection):
             deadline = min(deadline, time.monotonic() + max(2, seconds))
     while (state := connection.poll()) != extensions.POLL_OK:
         event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
-        while time.monotonic() < min(deadline, database.stop_at):
-            if ready(connection, event, 100):
-                break
-        else:
-            raise psycopg2.OperationalError("no answer in time")
+        came = False
+        while not came:
+            if time.monotonic() > min(deadline, database.stop_at):
+                raise psycopg2.OperationalError("no answer in time")
+            came = ready(connection, event, 100)
 
 
 database = Database()
@@ -415,7 +420,7 @@ FORMATTER.converter = time.gmtime
 
 
 class BlockHandler(logging.Handler):
-    """Collects records, and hands their lines to another handler five times a second."""
+    """Collects records, and hands their lines to another handler twenty times a second."""
 
     def __init__(self, target):
         super().__init__()
@@ -428,7 +433,7 @@ class BlockHandler(logging.Handler):
         self.records.append(record)
 
     def run(self):
-        while not self.ended.wait(0.2) or self.records:
+        while not self.ended.wait(0.05) or self.records:
             lines = [FORMATTER.format(self.records.popleft()) for _ in range(len(self.records))]
             if lines:
                 self.target.emit(logging.makeLogRecord({"msg": "\n".join(lines)}))
@@ -442,8 +447,9 @@ class BlockHandler(logging.Handler):
 
 def set_up_log():
     """Sends the log to standard output and, if it can be written, to the first file that no other replica has."""
-    logging.raiseExceptions = False  # a full disk is no reason for tracebacks: not here,
-    sys.unraisablehook = lambda ignored: log.warning("ignored: %r", ignored.exc_value)  # nor where a file is dropped
+    # A full disk is no reason for tracebacks, neither of the log nor of a file that is dropped.
+    logging.raiseExceptions = False
+    sys.unraisablehook = lambda ignored: log.warning("ignored: %r", ignored.exc_value)
     logging._srcfile = logging.logThreads = logging.logProcesses = logging.logMultiprocessing = None  # in no line
     waitress_log = logging.getLogger("waitress")
     waitress_log.setLevel(logging.WARNING)  # less would tell of each client that goes away
@@ -455,9 +461,11 @@ def set_up_log():
     try:
         for folder in [LOG_DIR, *(LOG_DIR / str(replica) for replica in range(2, 1000))]:
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(BlockingIOError):  # another process has it
+            try:
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # while the descriptor is open
                 break
+            except BlockingIOError:
+                pass  # another process has it
         file = logging.handlers.RotatingFileHandler(folder / "msgsvc.log", "a", 10_000_000, 5, "utf-8")
         logging.getLogger().addHandler(BlockHandler(file))
     except OSError as error:
@@ -493,17 +501,17 @@ def start_postgres():
     os.environ.pop("PGSERVICE", None)  # which is empty, and would be looked for under that name
     if not data.exists():
         make_cluster(data)
-    for _ in range(10):  # the server of a process that was killed may still be about to end
-        with open(data / "log", "ab") as output:
-            server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
-                                      stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-        atexit.register(stop_postgres, server)
-        if apply_schema(server):
-            return
-        time.sleep(0.3)
-    reason = (data / "log").read_text(errors="replace").strip().rpartition("\n")[2]
-    leave(1, f"PostgreSQL does not start on {data}: {reason} End the other one; if there is none, delete"
-             " postmaster.pid in that folder; if that does not help, the folder, and with it all messages.")
+    end = time.monotonic() + 3
+    while (data / "postmaster.pid").exists() and time.monotonic() < end:
+        time.sleep(0.1)  # the server of a process that was killed may still be about to end
+    with open(data / "log", "ab") as output:
+        server = subprocess.Popen(postgres_command("postgres", data, "-h", "", "-k", sockets, "-p", "5432"),
+                                  stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+    atexit.register(stop_postgres, server)
+    if not apply_schema(server):
+        reason = (data / "log").read_text(errors="replace").strip().rpartition("\n")[2]
+        leave(1, f"PostgreSQL does not start on {data}: {reason} End the other one; if there is none, delete"
+                 " postmaster.pid in that folder; if that does not help, the folder, and with it all messages.")
 
 
 def make_cluster(data):
@@ -544,7 +552,8 @@ def stop_postgres(server):
 # waitress's own end drops the requests that wait for a thread (its issue 198). So its loop is turned here, and after a
 # signal it turns for as long as anything is in hand.
 
-STALLED_SECONDS = 60   # after which a reader that has taken nothing is cut off
+STALLED_SECONDS = 60   # after which a reader that has taken nothing is cut off,
+PIPELINE_SECONDS = 2   # and after which one that has asked for more meanwhile: answer upon answer would hold a thread
 SEND_BYTES = 1 << 16   # of an answer, before waitress sends any: head and body in one piece are several times as fast
 SEND_BUFFER = 1 << 17  # bytes in the kernel for a client; where they are many, a slow reader looks like a stalled one
 
@@ -560,16 +569,17 @@ def start_server(arrivals):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = min(hard, 10_240)  # more than are of use, and macOS takes no more
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    return create_server(
-        app, sockets=[listener],
-        _dispatcher=types.SimpleNamespace(  # its own takes three locks to hand a request over
-            add_task=lambda client: arrivals.put((time.monotonic(), client))),
+    server = create_server(
+        app, sockets=[listener], threads=0,
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
         outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
         send_bytes=SEND_BYTES,
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
+    # Its own way to hand over a request takes three locks.
+    server.add_task = lambda client: arrivals.put((time.monotonic(), client))
+    return server
 
 
 def work(arrivals):
@@ -585,13 +595,18 @@ def work(arrivals):
             log.exception("this is a bug:")
 
 
+def turn(server, seconds):
+    """Turns waitress's loop once: accepts, receives and sends; waits for that as long as is said, at most."""
+    wasyncore.loop(seconds, use_poll=True, map=server._map, count=1)
+
+
 def cut_off_stalled_readers(server):
-    """Frees the threads of clients that take nothing: closes their connections, the sooner the more they ask for."""
+    """Closes the connections of clients that take nothing, so that their threads and places are free."""
     for client in list(server.active_channels.values()):
-        if client.total_outbufs_len >= SEND_BYTES:
-            patience = STALLED_SECONDS / max(1, len(client.requests))
-            if time.time() > client.last_activity + patience:
-                client.handle_close()
+        held_back = SEND_BYTES if client.requests else 1  # bytes that the answer has to reach before any are sent
+        patience = PIPELINE_SECONDS if len(client.requests) > 1 else STALLED_SECONDS
+        if client.total_outbufs_len >= held_back and time.time() > client.last_activity + patience:
+            client.handle_close()
 
 
 def drain(server):
@@ -599,16 +614,19 @@ def drain(server):
     begun = time.monotonic()
     database.stop_at = begun + 3
     while time.monotonic() < begun + 0.1:  # for what is still on its way
-        wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
+        turn(server, 0.05)
     wasyncore.dispatcher.close(server)  # the listener alone; server.close() would also close what wakes the loop
     while server.active_channels and time.monotonic() < begun + 3.3:
-        for client in server.active_channels.values():
-            if not client.requests:
-                client.close_when_flushed = True  # its answers are all made; waitress closes it when they are out
-        wasyncore.loop(0.05, use_poll=True, map=server._map, count=1)
-    for client in list(server.active_channels.values()):
-        client.handle_close()  # a reader that does not read
-    time.sleep(0.1)  # for the lines of these
+        idle = [client for client in list(server.active_channels.values()) if client.readable()]
+        turn(server, 0.05)
+        for client in idle:
+            if not client.requests:  # nor has one come
+                client.close_when_flushed = True
+    stuck = list(server.active_channels.values())  # readers that do not read
+    for client in stuck:
+        client.handle_close()
+    if stuck:
+        time.sleep(0.1)  # for their lines in the log
 
 
 def keep_to_one_core():
@@ -620,13 +638,18 @@ def keep_to_one_core():
         ctypes.CDLL(None).mallopt(-8, 1)
 
 
+def on_signal(handler):
+    """Has SIGTERM, SIGINT and SIGHUP call a function."""
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signum, handler)
+
+
 def main():
     """Serves until SIGTERM, SIGINT or SIGHUP."""
     arrivals, signals = queue.SimpleQueue(), []
     server = start_server(arrivals)
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(signum, lambda signum, frame: signals.append(signum) if log.hasHandlers() else sys.exit())
+    on_signal(lambda signum, frame: sys.exit())
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         try:
             start_postgres()
@@ -636,11 +659,12 @@ def main():
     set_up_log()
     for _ in range(THREADS + LONG_LISTS):
         threading.Thread(target=work, args=[arrivals], daemon=True).start()
+    on_signal(lambda signum, frame: signals.append(signum))
     everywhere = server.socket.getsockname()[0] in ("0.0.0.0", "::")
     host = f"[{HOST}]" if ":" in HOST else HOST
     log.info("listening on %s", f"port {PORT} of every address" if everywhere else f"http://{host}:{PORT}{PATH}")
     while not signals:
-        wasyncore.loop(0.1, use_poll=True, map=server._map, count=1)
+        turn(server, 0.1)
         cut_off_stalled_readers(server)
     log.info("%s: finishing what is in hand", signal.Signals(signals[0]).name)
     drain(server)
