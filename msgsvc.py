@@ -28,10 +28,12 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
+from wsgiref.util import request_uri
 
 import psycopg2
 from psycopg2 import errors, extensions, pool
 from waitress import create_server, wasyncore
+from waitress.channel import HTTPChannel
 
 log = logging.getLogger("msgsvc")
 
@@ -41,7 +43,7 @@ log = logging.getLogger("msgsvc")
 
 def leave(status, line):
     """Ends the process with an exit status and one line on standard error."""
-    print(f"msgsvc: {line}", file=sys.stderr)
+    print("msgsvc:", " ".join(line.split()), file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -106,7 +108,7 @@ def app(environ, start_response):
 
 def respond(environ):
     """Returns the status and the body: a list of bytes, or an iterator of them if there are many."""
-    target = unquote(environ.get("REQUEST_URI", "").partition("?")[0])  # where PATH_INFO shows one slash for many
+    target = unquote(re.split("[?#]", environ.get("REQUEST_URI", ""))[0])  # where PATH_INFO shows one slash for many
     if environ.get("PATH_INFO") != PATH or target.endswith("/" + PATH):
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
@@ -133,12 +135,12 @@ def posted_text(environ):
         raise Refusal(415, "Send JSON, and say so: add -H 'Content-Type: application/json' to the curl command.")
     if environ.get("HTTP_CONTENT_ENCODING"):
         raise Refusal(415, "Send the JSON as it is, without a Content-Encoding.")
-    body = environ["wsgi.input"].read(body_size(environ))
-    if len(body) > MAX_BODY:
-        raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
     try:
+        body = environ["wsgi.input"].read(body_size(environ))
+        if len(body) > MAX_BODY:
+            raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
         message = json.loads(body.decode(), parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of too many digits; nested too deep
+    except (OSError, ValueError, RecursionError):  # broken off; no UTF-8, no JSON, too many digits; nested too deep
         raise Refusal(400, "The body must be JSON in UTF-8: an object with a text.") from None
     text = message.get("text") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
@@ -171,10 +173,10 @@ def deliver(environ, begun, status, body):
     except Refusal:  # too late for another answer; for an OSError waitress closes the connection and keeps silent
         raise ConnectionAbortedError from None
     finally:
-        target = environ.get("REQUEST_URI") or environ.get("RAW_URI") or environ.get("PATH_INFO", "")
+        target = environ.get("REQUEST_URI") or environ.get("RAW_URI") or request_uri(environ)
         target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # visible ASCII: nobody forges a line
-        log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR") or "-", environ["REQUEST_METHOD"], target,
-                 status, size, (time.monotonic() - begun) * 1000, " cut short" if request.cut_short else "")
+        log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR") or "-", quote(environ["REQUEST_METHOD"]),
+                 target, status, size, (time.monotonic() - begun) * 1000, " cut short" if request.cut_short else "")
 
 
 # == Messages =========================================================================================================
@@ -189,7 +191,6 @@ long_lists = threading.Semaphore(LONG_LISTS)
 MESSAGE = """'{"id":' || id::text || ',"text":' || to_json(text)::text
                      || ',"created_at":' || to_json(created_at)::text || '}'"""
 SESSION = f"""
-    SET statement_timeout = '9s'; -- less than ANSWER_SECONDS: a server that lives ends its statements itself
     SET enable_seqscan = off; -- or a plan made for an empty table would read a full one from its start
     SELECT set_config('plan_cache_mode', 'force_generic_plan', false) -- planning takes longer than running it
     WHERE NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus'); -- which can only plan for given values
@@ -217,8 +218,10 @@ SESSION = f"""
 
 def text_is_at_fault(error):
     """Returns whether it is the text that the database cannot store, and not the id, the rights or the disk."""
-    refused = errors.CheckViolation, errors.CharacterNotInRepertoire, errors.UntranslatableCharacter
-    return isinstance(error, refused) and "text" in (error.diag.constraint_name or "text")
+    if isinstance(error, errors.CheckViolation):
+        return "text" in (error.diag.constraint_name or "")
+    unstorable = errors.CharacterNotInRepertoire, errors.UntranslatableCharacter
+    return isinstance(error, unstorable) and not error.diag.context  # it is no trigger's
 
 
 def add_message(text):
@@ -276,12 +279,11 @@ def read_batch(after, limit):
 # replaced, as they are no better.
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
-START_SECONDS = 1     # before that, within which no statement is begun: it would be given up, and go on in the server
 RETRY_SECONDS = 0.9   # from a failed attempt to connect to the next one
-LENT_SECONDS = 2      # after one was lent: so long, whoever gets none waits for it to come back
+LENT_SECONDS = 2      # after the last one was lent: so long, whoever gets none tries again
 REFUSED = "The database refuses this, and the log of the service says why; try again later."
 NOT_STORED = "The message was not stored."
-NO_ANSWER = "The database does not answer in time; try again in a second."
+NO_ANSWER = "The database does not answer; try again in a second."
 
 
 class Connection(extensions.connection):
@@ -312,23 +314,25 @@ class Database:
         self.lent_at = 0             # when a connection was last lent
         self.silent_at = 0           # when a statement last got no answer
         self.stop_at = float("inf")  # when nobody waits any longer, as the process ends
-        self.state, self.logged, self.lock = "works again", {}, threading.Lock()
+        self.state, self.due, self.lock = "works again", 0, threading.Lock()
         self.pool = pool.ThreadedConnectionPool(0, THREADS, connection_factory=Connection, client_encoding="UTF8",
                                                 fallback_application_name="msgsvc")
         self.pool.minconn = THREADS  # how many it keeps; given above, it would open them all at once
 
     def query(self, statement, *values, expected=lambda error: False):
         """Runs a prepared statement; returns its row. Raises a Refusal, or an error that is `expected` as it is."""
-        if not self.free.acquire(timeout=max(0, request.deadline - START_SECONDS - time.monotonic())):
+        if not self.free.acquire(timeout=max(0, request.deadline - time.monotonic())):
             raise Refusal(503, NO_ANSWER)
         connection = None
         try:
             connection = self.borrow()
             cursor = connection.cursor()
+            seconds = request.deadline - time.monotonic() - 0.5  # a server that lives ends its statements itself
+            limit = f"SET LOCAL statement_timeout = {max(1, int(seconds * 1000))};"
             if not connection.prepared:
-                cursor.execute(SESSION)
+                cursor.execute(limit + SESSION)
                 connection.prepared = True
-            cursor.execute(statement, values)
+            cursor.execute(limit + statement, values)
             row = cursor.fetchone()
         except psycopg2.Error as error:
             if expected(error):
@@ -348,7 +352,8 @@ class Database:
             try:
                 connection = self.pool.getconn()
             except psycopg2.Error as error:
-                if time.monotonic() > self.lent_at + LENT_SECONDS:
+                none_is_out = not self.pool._used  # no method tells
+                if none_is_out and time.monotonic() > self.lent_at + LENT_SECONDS:
                     raise self.refusal(error) from None
                 time.sleep(0.01)
                 continue
@@ -361,12 +366,13 @@ class Database:
     def refusal(self, error, connection=None):
         """Logs an error, and returns what the client is told of it."""
         code = error.pgcode or ""
-        lost = connection and (not code or code.startswith(("08", "40003", "57P", "XX")))  # the answer, maybe
+        # Whether what was asked for may have been done: where the server ends the connection, or has lost another one.
+        lost = connection and (error.diag.severity_nonlocalized != "ERROR" or code.startswith(("08", "40003", "57P")))
         if not connection:
             sentence = "There is no connection to the database; try again in a second."
         elif lost or code == "57014":  # the server has cancelled the statement
             sentence = NO_ANSWER
-        elif code == "42P01":
+        elif code == "42P01" and not error.diag.context:  # it is no trigger's
             sentence = "The table of messages is missing; whoever runs the service has to apply schema.sql."
         else:
             sentence = REFUSED
@@ -379,10 +385,12 @@ class Database:
         return Refusal(503, sentence, unknown=bool(lost and connection.prepared))
 
     def report(self, level, state):
-        """Logs the database's state when it has changed, but none more than once in 20 seconds."""
+        """Logs the database's state when it has changed: five times at once at most, then every ten seconds."""
         with self.lock:
-            if state != self.state and time.monotonic() > self.logged.get(state, -20) + 20:
-                self.state, self.logged[state] = state, time.monotonic()
+            now = time.monotonic()
+            due = max(self.due, now - 40)
+            if state != self.state and due <= now:
+                self.state, self.due = state, due + 10
                 log.log(level, "database: %s", state)
 
 
@@ -495,12 +503,13 @@ def postgres_command(program, data, *arguments):
 
 def start_postgres():
     """Starts PostgreSQL on .pgdata/, which it makes if need be, until this process ends; applies schema.sql."""
-    data, sockets = Path(".pgdata").absolute(), tempfile.mkdtemp(prefix="msgsvc-")
+    data = Path(".pgdata").absolute()
+    if not data.exists():
+        make_cluster(data)
+    sockets = tempfile.mkdtemp(prefix="msgsvc-", dir="/tmp")
     atexit.register(shutil.rmtree, sockets, ignore_errors=True)
     os.environ.update(PGHOST=sockets, PGPORT="5432", PGUSER="postgres", PGDATABASE="postgres")
     os.environ.pop("PGSERVICE", None)  # which is empty, and would be looked for under that name
-    if not data.exists():
-        make_cluster(data)
     end = time.monotonic() + 3
     while (data / "postmaster.pid").exists() and time.monotonic() < end:
         time.sleep(0.1)  # the server of a process that was killed may still be about to end
@@ -516,13 +525,14 @@ def start_postgres():
 
 def make_cluster(data):
     """Makes the folder `data`, elsewhere at first: one that is half made is never taken for it."""
-    new = data.with_name(".pgdata.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new = data.with_name(f".pgdata.{os.getpid()}")
     made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
-                          capture_output=True, text=True)
+                          capture_output=True, errors="replace")
     if made.returncode:
-        leave(1, f"cannot make {data}: {' '.join(made.stderr.split())}")
+        leave(1, f"cannot make {data}: {made.stderr}")
     new.rename(data)
+    for left in data.parent.glob(".pgdata.*"):  # by starts that were cut off
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def apply_schema(server):
@@ -536,7 +546,7 @@ def apply_schema(server):
             return True
         except psycopg2.Error as error:  # it is not ready yet, or never will be
             if time.monotonic() > end:
-                leave(1, f"PostgreSQL runs, but not for this service: {' '.join(str(error).split())}")
+                leave(1, f"PostgreSQL runs, but not for this service: {error}")
         time.sleep(0.1)
     return False
 
@@ -578,8 +588,22 @@ def start_server(arrivals):
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
     # Its own way to hand over a request takes three locks.
+    server.channel_class = Channel
     server.add_task = lambda client: arrivals.put((time.monotonic(), client))
     return server
+
+
+class Channel(HTTPChannel):
+    """A client's connection: waitress's own, without two faults."""
+
+    def handle_expt(self):
+        """Ends it where TCP's urgent data come, which nobody reads: the loop would turn without rest."""
+        self.handle_close()
+
+    def send_continue(self):
+        """Asks for a body, unless there is none to come: else the request would wait for one."""
+        if not self.request.completed:
+            super().send_continue()
 
 
 def work(arrivals):
@@ -610,18 +634,22 @@ def cut_off_stalled_readers(server):
 
 
 def drain(server):
-    """Answers every request that has arrived whole, also those that wait for a thread; takes 3.5 s at most."""
+    """Answers every request that has arrived whole, also those that wait for a thread; takes 3.4 s at most."""
     begun = time.monotonic()
     database.stop_at = begun + 3
-    while time.monotonic() < begun + 0.1:  # for what is still on its way
-        turn(server, 0.05)
+    clients = -1
+    while len(server.active_channels) > clients:  # another one was waiting to be accepted
+        clients = len(server.active_channels)
+        server.handle_accept()
     wasyncore.dispatcher.close(server)  # the listener alone; server.close() would also close what wakes the loop
     while server.active_channels and time.monotonic() < begun + 3.3:
-        idle = [client for client in list(server.active_channels.values()) if client.readable()]
-        turn(server, 0.05)
-        for client in idle:
-            if not client.requests:  # nor has one come
+        idle = {client: client.last_activity for client in list(server.active_channels.values()) if client.readable()}
+        if time.monotonic() < begun + 2:  # and no longer for those that ask on and on
+            turn(server, 0.05)
+        for client, last_activity in idle.items():
+            if client.last_activity == last_activity:  # nothing more has come
                 client.close_when_flushed = True
+        turn(server, 0.05)
     stuck = list(server.active_channels.values())  # readers that do not read
     for client in stuck:
         client.handle_close()
