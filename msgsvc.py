@@ -202,13 +202,13 @@ SESSION = f"""
     PREPARE list (bigint, bigint) AS
     WITH ahead AS NOT MATERIALIZED (
         SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2
-    ), short AS (
+    ), fitting AS ( -- which is run where not all of them fit
         SELECT max(id) AS last
         FROM (SELECT id, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before FROM ahead) AS row
         WHERE before < {BATCH_BYTES}
     ), batch AS (
         SELECT count(*) AS found,
-               CASE WHEN sum(size) <= {BATCH_BYTES} THEN max(id) ELSE (SELECT last FROM short) END AS last
+               CASE WHEN sum(size) <= {BATCH_BYTES} THEN max(id) ELSE (SELECT last FROM fitting) END AS last
         FROM ahead
     )
     SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM batch)
@@ -366,8 +366,8 @@ class Database:
     def refusal(self, error, connection=None):
         """Logs an error, and returns what the client is told of it."""
         code = error.pgcode or ""
-        # Whether what was asked for may have been done: where the server ends the connection, or has lost another one.
-        lost = connection and (error.diag.severity_nonlocalized != "ERROR" or code.startswith(("08", "40003", "57P")))
+        ended = not code or error.diag.severity_nonlocalized in ("FATAL", "PANIC")  # the connection, by either side
+        lost = connection and (ended or code.startswith(("08", "40003", "57P")))  # the answer, maybe that of a worker
         if not connection:
             sentence = "There is no connection to the database; try again in a second."
         elif lost or code == "57014":  # the server has cancelled the statement
@@ -525,14 +525,14 @@ def start_postgres():
 
 def make_cluster(data):
     """Makes the folder `data`, elsewhere at first: one that is half made is never taken for it."""
-    new = data.with_name(f".pgdata.{os.getpid()}")
+    new = data.with_name(f".pgdata.new-{os.getpid()}")
     made = subprocess.run(postgres_command("initdb", new, "-U", "postgres", "-E", "UTF8", "--no-locale"),
                           capture_output=True, errors="replace")
     if made.returncode:
         leave(1, f"cannot make {data}: {made.stderr}")
     new.rename(data)
-    for left in data.parent.glob(".pgdata.*"):  # by starts that were cut off
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in data.parent.glob(".pgdata.new-*"):  # of starts that were cut off
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def apply_schema(server):
@@ -568,6 +568,19 @@ SEND_BYTES = 1 << 16   # of an answer, before waitress sends any: head and body 
 SEND_BUFFER = 1 << 17  # bytes in the kernel for a client; where they are many, a slow reader looks like a stalled one
 
 
+class Channel(HTTPChannel):
+    """A client's connection: waitress's own, without two faults."""
+
+    def handle_expt(self):
+        """Ends it where TCP's urgent data come, which nobody reads: the loop would turn without rest."""
+        self.handle_close()
+
+    def send_continue(self):
+        """Asks for a body, unless there is none to come: else the request would wait for one."""
+        if not self.request.completed:
+            super().send_continue()
+
+
 def start_server(arrivals):
     """Returns waitress's server, listening; it puts each client whose request has arrived whole into the queue."""
     try:
@@ -582,28 +595,14 @@ def start_server(arrivals):
     server = create_server(
         app, sockets=[listener], threads=0,
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
-        outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
+        outbuf_overflow=1 << 17,  # bytes in memory of what a client has not read; more, as of long lists, is in a file
         outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
         send_bytes=SEND_BYTES,
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
-    # Its own way to hand over a request takes three locks.
     server.channel_class = Channel
-    server.add_task = lambda client: arrivals.put((time.monotonic(), client))
+    server.add_task = lambda client: arrivals.put((time.monotonic(), client))  # its own way takes three locks
     return server
-
-
-class Channel(HTTPChannel):
-    """A client's connection: waitress's own, without two faults."""
-
-    def handle_expt(self):
-        """Ends it where TCP's urgent data come, which nobody reads: the loop would turn without rest."""
-        self.handle_close()
-
-    def send_continue(self):
-        """Asks for a body, unless there is none to come: else the request would wait for one."""
-        if not self.request.completed:
-            super().send_continue()
 
 
 def work(arrivals):

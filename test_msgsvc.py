@@ -1135,6 +1135,15 @@ def test_readers_of_lists_of_more_than_one_batch_are_all_served(database, start)
     assert at_once(16, lambda _: [len(service.list()) for _ in range(10)]) == [[LONG] * 10] * 16
 
 
+def test_50_readers_that_read_on_take_little_memory(plain_database, start):
+    plain_database.fill(60, "x" * 60_000)
+    service = start()
+    answers = at_once(50, lambda _: len(service.raw(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))))
+    assert min(answers) > 3_600_000
+    if (status := Path(f"/proc/{service.process.pid}/status")).exists():
+        assert int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) < 100_000
+
+
 @pytest.fixture(scope="session", autouse=True)
 def stopped_reader(postgres, services):
     """Readers that stop at the beginning of the tests, and their service: at the end, a minute has passed."""
@@ -1598,12 +1607,12 @@ def test_a_second_service_in_one_folder_says_so(embedded):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path, number):
     begun = embedded(ready=False)
-    eventually(lambda: list(tmp_path.glob(".pgdata.*")))
+    eventually(lambda: list(tmp_path.glob(".pgdata.new-*")))
     os.killpg(begun.process.pid, number)  # as a terminal does at Ctrl-C
     assert begun.process.wait(HANG) == (-number if number == signal.SIGKILL else 0)
     assert begun.log() == ""
     assert embedded().list() == []
-    assert not list(tmp_path.glob(".pgdata.*"))
+    assert not list(tmp_path.glob(".pgdata.new-*"))
 
 
 def test_a_signal_ends_a_service_whose_postgres_is_not_ready(embedded, tmp_path):
