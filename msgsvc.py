@@ -280,7 +280,7 @@ def read_batch(after, limit):
 
 ANSWER_SECONDS = 9.5  # for a statement, the wait for a connection included
 RETRY_SECONDS = 0.9   # from a failed attempt to connect to the next one
-LENT_SECONDS = 2      # after the last one was lent: so long, whoever gets none tries again
+LENT_SECONDS = 1.5    # after the last one was lent: so long, whoever gets none tries again
 REFUSED = "The database refuses this, and the log of the service says why; try again later."
 NOT_STORED = "The message was not stored."
 NO_ANSWER = "The database does not answer; try again in a second."

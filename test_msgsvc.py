@@ -1583,7 +1583,7 @@ def test_a_pid_file_that_a_crash_of_the_machine_left_ends_no_process_of_that_num
     assert embedded().list() == []
 
 
-@pytest.mark.parametrize("name", ["my msgs, R&D", """it's "é";$HOME""", "x" * 120, "\udcff"], ids=ascii)
+@pytest.mark.parametrize("name", ["""it's "my" é, R&D;$HOME""", "x" * 120, "\udcff"], ids=ascii)
 def test_the_embedded_postgres_starts_in_any_folder_and_widens_no_permissions(embedded, tmp_path, name):
     folder = tmp_path / "closed" / name
     folder.mkdir(parents=True)
