@@ -184,7 +184,7 @@ def deliver(environ, begun, status, body):
 # transaction. A reader that is slow holds a thread, though; so there are LONG_LISTS more of them than statements.
 
 BATCH_ROWS = 2_000
-BATCH_BYTES = 1 << 17  # of text: where the rows ahead have more, a batch ends with the one that reaches this
+BATCH_BYTES = 3 << 16  # of text, unless one alone has more: where the rows ahead do, a batch takes fewer of them
 LONG_LISTS = 56        # lists of more than one batch that are served at a time
 long_lists = threading.Semaphore(LONG_LISTS)
 
@@ -200,20 +200,15 @@ SESSION = f"""
     SELECT {MESSAGE} FROM message;
 
     PREPARE list (bigint, bigint) AS
-    WITH ahead AS NOT MATERIALIZED (
-        SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2
-    ), fitting AS ( -- which is run where not all of them fit
-        SELECT max(id) AS last
-        FROM (SELECT id, sum(size) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) - size AS before FROM ahead) AS row
-        WHERE before < {BATCH_BYTES}
-    ), batch AS (
-        SELECT count(*) AS found,
-               CASE WHEN sum(size) <= {BATCH_BYTES} THEN max(id) ELSE (SELECT last FROM fitting) END AS last
-        FROM ahead
+    WITH ahead AS (
+        SELECT count(*) AS found, (array_agg(id))[
+            CASE WHEN sum(size) <= {BATCH_BYTES} THEN count(*) ELSE greatest(1, {BATCH_BYTES} / max(size)) END::int
+        ] AS last
+        FROM (SELECT id, octet_length(text) AS size FROM messages WHERE id > $1 ORDER BY id LIMIT $2) AS row
     )
-    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM batch)
+    SELECT string_agg({MESSAGE}, E',\\n' ORDER BY id), max(id), count(*), (SELECT found FROM ahead)
     FROM (SELECT id, text, created_at FROM messages
-          WHERE id > $1 AND id <= (SELECT last FROM batch) ORDER BY id LIMIT $2) AS message"""
+          WHERE id > $1 AND id <= (SELECT last FROM ahead) ORDER BY id LIMIT $2) AS message"""
 
 
 def text_is_at_fault(error):
@@ -241,35 +236,39 @@ def add_message(text):
 
 def list_messages(after, limit):
     """Returns the JSON array of at most `limit` messages behind id `after`: a list of bytes, or an iterator of them."""
-    batch, after, limit = read_batch(after, limit)
-    if not limit:
-        return [b"[" + batch + b"]\n"]
+    batches = read_batches(after, limit)
+    first, more = next(batches)
+    if not more:
+        return [b"[" + first + b"]\n"]
     if not long_lists.acquire(blocking=False):
         raise Refusal(503, "Too many long lists are being read; try again, or page with limit.")
-    return long_list(b"[" + batch, after, limit)
+    return long_list(first, batches)
 
 
-def long_list(part, after, limit):
-    """Yields the array, from its first part on; gives back its place among the long lists."""
+def long_list(batch, batches):
+    """Yields the array of a first batch and all others; gives back its place among the long lists."""
     try:
-        yield part  # under one name, so that a reader that stalls holds one copy
-        while limit:
-            request.deadline = time.monotonic() + ANSWER_SECONDS
-            part, after, limit = read_batch(after, limit)
-            part = b",\n" + part if part else b""
-            yield part
+        yield b"["
+        yield batch
+        for batch, _ in batches:
+            if batch:
+                yield b",\n"
+                yield batch
         yield b"]\n"
     finally:
         long_lists.release()
 
 
-def read_batch(after, limit):
-    """Returns messages as JSON without brackets, the last one's id, and how many may still follow."""
-    rows = min(limit, BATCH_ROWS)
-    batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
-    if count == found < rows:  # there is nothing behind these
-        return batch or b"", last, 0
-    return batch, last, limit - count
+def read_batches(after, limit):
+    """Yields messages as JSON without brackets, and whether more of them may follow."""
+    rows = BATCH_ROWS
+    while limit:
+        rows = min(rows, limit)
+        batch, after, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
+        limit = 0 if count == found < rows else limit - count
+        yield batch or b"", limit > 0
+        rows = min(BATCH_ROWS, 2 * count)  # no need to look further ahead
+        request.deadline = time.monotonic() + ANSWER_SECONDS
 
 
 # == Database =========================================================================================================
@@ -596,7 +595,7 @@ def start_server(arrivals):
         app, sockets=[listener], threads=0,
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
         outbuf_overflow=1 << 17,  # bytes in memory of what a client has not read; more, as of long lists, is in a file
-        outbuf_high_watermark=3 << 20,  # bytes in that file; then its list waits
+        outbuf_high_watermark=2 << 20,  # bytes in that file; then its list waits
         send_bytes=SEND_BYTES,
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
