@@ -594,8 +594,8 @@ def start_server(arrivals):
     server = create_server(
         app, sockets=[listener], threads=0,
         connection_limit=max(10, min(1_000, (files - THREADS - 60) // 2)),  # each may need a file, too
-        outbuf_overflow=1 << 17,  # bytes in memory of what a client has not read; more, as of long lists, is in a file
-        outbuf_high_watermark=2 << 20,  # bytes in that file; then its list waits
+        outbuf_overflow=1 << 18,  # bytes in memory of what a client has not read; more goes to a file
+        outbuf_high_watermark=1 << 20,  # bytes in both; then its list waits
         send_bytes=SEND_BYTES,
         max_request_body_size=MAX_RECEIVED + (1 << 20),  # bytes, which include the framing of chunks
         log_socket_errors=False)
