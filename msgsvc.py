@@ -266,10 +266,11 @@ def read_batches(after, limit):
     rows = BATCH_ROWS
     while limit:
         rows = min(rows, limit)
-        batch, after, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
+        batch, last, count, found = database.query("EXECUTE list(%s, %s)", after, rows)
+        after = last or after  # there is none where a cluster has lost these rows between its two looks at them
         limit = 0 if count == found < rows else limit - count
         yield batch or b"", limit > 0
-        rows = min(BATCH_ROWS, 2 * count)  # no need to look further ahead
+        rows = min(BATCH_ROWS, 2 * count + 1)  # no need to look further ahead
         time.sleep(1e-6)  # a HEAD would otherwise pass by all who wait for the database
         request.deadline = time.monotonic() + ANSWER_SECONDS
 
