@@ -1398,8 +1398,9 @@ def test_a_signal_lets_every_request_finish(database, start, number):
 
 def test_a_request_that_has_come_behind_another_one_is_answered_at_the_end(database, start):
     service = start()
-    with service.connect(post_bytes("first").replace(b"Connection: close\r\n", b"")) as client:
+    with service.connect() as client:
         with database.locked():
+            client.sendall(post_bytes("first").replace(b"Connection: close\r\n", b""))
             eventually(lambda: database.run("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
             client.sendall(post_bytes("second"))
             service.process.send_signal(signal.SIGTERM)
