@@ -210,7 +210,7 @@ SESSION = f"""
     FROM (SELECT id, text, created_at FROM messages
           WHERE id > $1 AND id <= (SELECT last FROM ahead) ORDER BY id LIMIT $2) AS message;
 
-    SET statement_timeout = '9s' -- half a second less than ANSWER_SECONDS; `query` sets less for who has waited"""
+    SET statement_timeout = '9s' -- half a second less than ANSWER_SECONDS"""
 
 
 def text_is_at_fault(error):
@@ -330,13 +330,12 @@ class Database:
         try:
             connection = self.borrow()
             cursor = connection.cursor()
-            seconds = request.deadline - time.monotonic() - 0.5  # a server that lives ends its statements itself
-            limit = f"SET LOCAL statement_timeout = {max(1, int(seconds * 1000))};"
             if not connection.prepared:
-                cursor.execute(limit + SESSION)
+                cursor.execute(time_limit() + SESSION)
                 connection.prepared = True
-            late = seconds < ANSWER_SECONDS - 0.8
-            cursor.execute(limit + statement if late else statement, values)
+            if time.monotonic() > request.deadline - ANSWER_SECONDS + 0.3:  # it has waited
+                statement = time_limit() + statement
+            cursor.execute(statement, values)
             row = cursor.fetchone()
         except psycopg2.Error as error:
             if expected(error):
@@ -396,6 +395,12 @@ class Database:
             if state != self.state and due <= now:
                 self.state, self.due = state, due + 10
                 log.log(level, "database: %s", state)
+
+
+def time_limit():
+    """Returns SQL for a server that lives to end a statement itself, half a second before the request's deadline."""
+    milliseconds = int((request.deadline - time.monotonic()) * 1000) - 500
+    return f"SET LOCAL statement_timeout = {max(1, milliseconds)};"
 
 
 def ready(connection, event, milliseconds):
