@@ -43,7 +43,7 @@ def leave(status, line):
 
 
 def whole_number(name, default, highest):
-    """Returns environment variable `name` as an int from 1; leaves with status 2 if it is none."""
+    """Returns environment variable `name` as an int from 1 to `highest`, or leaves with 2."""
     text = os.environ.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
         leave(2, f"{name} must be a whole number from 1 to {highest}, not {text!r}")
@@ -52,31 +52,31 @@ def whole_number(name, default, highest):
 
 HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = whole_number("PORT", 3000, 65_535)
-THREADS = whole_number("THREADS", 8, 1_000)  # statements at a time, and connections to the database
+CONNECTIONS = whole_number("THREADS", 8, 1_000)  # to the database, a statement at a time on each
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
 os.environ["PGTZ"] = "UTC"  # libpq hands it to the server, where no other setting outranks it
 
 # == HTTP ==========================================================================================
-# Whatever is not the answer that was asked for is a Refusal, raised where it is noticed.
+# Every other answer than the one asked for is a Refusal, raised where the reason is found.
 
 PATH = "/api/messages"
 BIGINT_MAX = 2**63 - 1
 MAX_BODY = 65_536  # bytes of a POST
-HEADERS = {405: {"Allow": "GET, HEAD, POST"}, 503: {"Retry-After": "1"}}
+ERROR_HEADERS = {405: {"Allow": "GET, HEAD, POST"}, 503: {"Retry-After": "1"}}
 
 
 class Refusal(Exception):
-    """An answer other than the one asked for: a status, and a sentence that says what to do."""
+    """An error answer: a status, and a sentence that tells the client what to do."""
 
 
 def app(environ, start_response):
     """Answers one request: the WSGI application (PEP 3333)."""
     begun = time.monotonic()
-    head = environ["REQUEST_METHOD"] == "HEAD"
+    is_head = environ["REQUEST_METHOD"] == "HEAD"
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     try:
         status, body = respond(environ)
-        if head or isinstance(body, list):  # else the server sends chunks and ends the connection
+        if is_head or isinstance(body, list):  # HEAD reads all for this; a long GET has chunks
             headers["Content-Length"] = str(sum(map(len, body)))
     except Exception as error:
         if not isinstance(error, Refusal):
@@ -84,9 +84,9 @@ def app(environ, start_response):
             error = Refusal(500, "The service has failed; its log tells why.")
         status, sentence = error.args
         body = [json.dumps({"error": sentence}).encode() + b"\n"]
-        headers |= {"Content-Length": str(len(body[0]))} | HEADERS.get(status, {})
+        headers |= {"Content-Length": str(len(body[0]))} | ERROR_HEADERS.get(status, {})
     start_response(f"{status} {HTTPStatus(status).phrase}", list(headers.items()))
-    return deliver(environ, begun, status, [] if head else body)
+    return deliver(environ, begun, status, [] if is_head else body)
 
 
 def respond(environ):
@@ -105,11 +105,10 @@ def respond(environ):
 
 def number(parameters, name, default, lowest):
     """Returns a parameter of the query, from `lowest` to the highest bigint of PostgreSQL."""
-    values = parameters.get(name, [str(default)])
-    digits = re.fullmatch("0*([0-9]{1,19})", values[0])
-    if len(values) > 1 or not digits or not lowest <= int(digits[1]) <= BIGINT_MAX:
+    [text, *others] = parameters.get(name, [str(default)])
+    if others or not re.fullmatch("[0-9]{1,19}", text) or not lowest <= int(text) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
-    return int(digits[1])
+    return int(text)
 
 
 def posted_text(environ):
@@ -123,29 +122,29 @@ def posted_text(environ):
     try:
         body = environ["wsgi.input"].read(length).decode("utf-8-sig")  # sig: a byte order mark
         message = json.loads(body, parse_constant=int)  # int() refuses NaN, which is not JSON
-    except (ValueError, RecursionError):  # also too many digits; nested too deep
+    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
         raise Refusal(400, "The body must be JSON in UTF-8: an object with a text.") from None
     text = message.get("text") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise Refusal(400, "The body must be an object with a text, a string that is not blank.")
     if re.search("[\0\ud800-\udfff]", text):
-        raise Refusal(400, "Leave the null character, or the half surrogate pair, out of the text.")
+        raise Refusal(400, "Leave null characters and unpaired surrogates out of the text.")
     return text
 
 
 def deliver(environ, begun, status, body):
-    """Yields the body; logs the request at its end, or when the server closes this (PEP 3333)."""
+    """Yields the body, then logs the request, even if the server closes it early (PEP 3333)."""
     size, outcome = 0, " cut short"
     try:
         for part in body:
             yield part
             size += len(part)
         outcome = ""
-    except Refusal:  # too late for another answer: for an OSError waitress ends the connection
+    except Refusal:  # the status has been sent; at an OSError waitress closes the connection
         raise ConnectionAbortedError from None
     finally:
-        target = "?".join(filter(None, [environ["PATH_INFO"], environ.get("QUERY_STRING")]))
-        target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # nobody forges a line of the log
+        target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
+        target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # so nobody forges a log line
         log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR", "-"),
                  quote(environ["REQUEST_METHOD"]), target, status, size,
                  (time.monotonic() - begun) * 1000, outcome)
@@ -160,7 +159,7 @@ BATCH_BYTES = 196_608  # of text; the message that reaches it is the last one of
 MESSAGE = """'{"id":' || id || ',"text":' || to_json(text)
              || ',"created_at":' || to_json(created_at) || '}'"""
 SESSION = f"""
-    SET enable_seqscan = off; -- a plan made for an empty table would read a full one from its start
+    SET enable_seqscan = off; -- else a plan made while the table was empty would scan a full one
     SET statement_timeout = '6.5s'; -- a little less than ANSWER_SECONDS
 
     PREPARE add (text) AS
@@ -170,10 +169,10 @@ SESSION = f"""
     PREPARE list (bigint, bigint) AS
     SELECT coalesce(string_agg({MESSAGE}, E',\\n' ORDER BY id), ''), max(id), count(*)
     FROM (
-        SELECT *, sum(octet_length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size
+        SELECT *, sum(octet_length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS so_far
         FROM (SELECT * FROM messages WHERE id > $1 ORDER BY id LIMIT least($2, {BATCH_ROWS})) AS r
-    ) AS ahead
-    WHERE size - octet_length(text) < {BATCH_BYTES}"""
+    ) AS candidates
+    WHERE so_far - octet_length(text) < {BATCH_BYTES}"""
 NOT_READ = "The database cannot be read now; try again in a second, or look at the service's log."
 NOT_STORED = "The message was not stored: the database refuses or is away; try again in a second."
 LOST = "The database has not answered; look whether the message was stored before you try again."
@@ -186,9 +185,9 @@ def add_message(text):
 
 
 def list_messages(after, limit):
-    """Returns the JSON array of at most `limit` messages behind id `after`, as `respond` does."""
+    """Returns a body, as `respond` does: an array of up to `limit` messages with ids > `after`."""
     batches = read_batches(after, limit)
-    first, more = next(batches)
+    first, more = next(batches)  # before the status is sent, so that a failure is still a 503
     if not more:
         return [b"[%b]\n" % first]
     rest = itertools.chain.from_iterable((b",\n", batch) for batch, _ in batches if batch)
@@ -201,30 +200,31 @@ def read_batches(after, limit):
     while more:
         batch, after, count = database.query("EXECUTE list(%s, %s)", [after, limit], NOT_READ)
         limit -= count
+        # JSON is longer than its texts, so a batch that was cut off is longer than BATCH_BYTES.
         more = limit > 0 and (count == BATCH_ROWS or len(batch) > BATCH_BYTES)
         yield batch, more
 
 
 # == Database ======================================================================================
-# Every wait has an end. PostgreSQL itself keeps to a time limit; a frozen server does not, and no
-# limit of libpq's sees it, as its kernel goes on acknowledging: hence `Connection.wait`. One rule
-# covers restarts, failovers, silence and changed tables: a connection that is older than the last
-# failure is not used again.
+# Every wait has a deadline. PostgreSQL ends a slow statement itself, by statement_timeout. A frozen
+# server ends nothing, and libpq does not notice, as the kernel there still acknowledges packets:
+# `Connection.wait` gives up on it. One rule covers restarts, failovers, silence and changed tables:
+# a connection that was opened before the last failure is not used again.
 
-ANSWER_SECONDS = 7   # for a statement, from when it begins to wait for a connection
-CONNECT_SECONDS = 2  # for a connection, with its prepared statements
-RETRY_SECONDS = 0.9  # from an attempt to connect that failed to the next one
+ANSWER_SECONDS = 7   # to wait for a connection and for a statement's answer
+CONNECT_SECONDS = 2  # to open a connection and prepare its statements, on top of that
+RETRY_SECONDS = 0.9  # from a failed attempt to connect to the next one
 
 
 class Connection(extensions.connection):
     """A connection with its prepared statements. Whatever it waits for ends at its deadline."""
 
     def __init__(self, dsn):
-        self.opened = time.monotonic()
+        self.opened = time.monotonic()  # set first, as connecting calls `wait`
         self.deadline = self.opened + CONNECT_SECONDS
         super().__init__(dsn)
         self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
-        extensions.register_type(extensions.BYTES, self)  # text as it comes, in UTF-8
+        extensions.register_type(extensions.BYTES, self)  # no decoding: JSON leaves as it comes
         self.cursor().execute(SESSION)
 
     def wait(self):
@@ -246,16 +246,16 @@ class Database:
 
     def __init__(self):
         extensions.set_wait_callback(Connection.wait)
-        self.free = threading.Semaphore(THREADS)  # waits where the pool would raise an error
+        self.free = threading.Semaphore(CONNECTIONS)  # waits where the pool would raise an error
         self.failed_at = 0  # when the database last failed
         self.retry_at, self.reason = 0, ""  # when to try again to connect, and why it failed
-        self.state, self.lock = "works again", threading.Lock()
+        self.state, self.lock = "works again", threading.Lock()  # what was logged last; its lock
         self.pool = pool.ThreadedConnectionPool(
-            0, THREADS, connection_factory=self.connect, client_encoding="UTF8")
-        self.pool.minconn = THREADS  # it keeps so many; the constructor would open them all at once
+            0, CONNECTIONS, connection_factory=self.connect, client_encoding="UTF8")
+        self.pool.minconn = CONNECTIONS  # it keeps so many; the constructor would open so many
 
     def query(self, statement, values, not_done, lost=None):
-        """Returns a prepared statement's row, or refuses: by `not_done`, or by `lost` in doubt."""
+        """Returns a statement's row. Refuses with `lost` if it may have run, else `not_done`."""
         deadline = time.monotonic() + ANSWER_SECONDS
         if not self.free.acquire(timeout=ANSWER_SECONDS):
             raise Refusal(503, not_done)
@@ -270,9 +270,9 @@ class Database:
             raise Refusal(400, "A rule of the table refuses this; send another text.") from None
         except psycopg2.Error as error:
             self.failed_at = time.monotonic()
-            code = error.pgcode or ""  # where there is one, the message may quote a text
+            code = error.pgcode or ""  # with one, the message may quote a posted text
             self.report(logging.WARNING, type(error).__name__ if code else str(error))
-            # A cluster may lose the answer of a worker while its own connection stays open.
+            # A distributed server may lose the answer of a node while its own connection is open.
             in_doubt = connection and (connection.closed or code.startswith(("08", "XX")))
             raise Refusal(503, lost if lost and in_doubt else not_done) from None
         finally:
@@ -283,17 +283,17 @@ class Database:
         return row
 
     def borrow(self):
-        """Returns a connection that is younger than the last failure, and that is still open."""
+        """Returns an open connection that was opened after the last failure."""
         while True:
             connection = self.pool.getconn()
-            closed = connection.ready(select.POLLIN, 0)  # nothing else comes in unasked
-            if connection.opened > self.failed_at and not closed:
+            stale = connection.ready(select.POLLIN, 0)  # what comes in unasked is mostly its end
+            if connection.opened > self.failed_at and not stale:
                 return connection
             self.pool.putconn(connection, close=True)
 
     def connect(self, dsn):
-        """Opens a connection, for the pool. Who waited there for one that failed tries none."""
-        if time.monotonic() > self.retry_at:
+        """Opens a connection, for the pool. For RETRY_SECONDS after a failure it fails at once."""
+        if time.monotonic() > self.retry_at:  # else all who wait at the pool's lock would try, too
             try:
                 return Connection(dsn)
             except psycopg2.Error as error:
@@ -312,8 +312,8 @@ class Database:
 database = Database()
 
 # == Log ===========================================================================================
-# To write each line where it is logged costs half of the throughput, in lock hand-overs. There it
-# is only noted; one thread writes what has come in, as a block.
+# Threads that write their own lines hand locks over, at half the throughput. So they only queue
+# them, and one thread writes blocks of what has come in (QueueListener would write line by line).
 
 
 class BlockHandler(logging.Handler):
@@ -347,16 +347,16 @@ class BlockHandler(logging.Handler):
 def set_up_log():
     """Sends the log to standard output and, where it can be written, to LOG_DIR/msgsvc.log."""
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
-    logging._srcfile = None  # no line names its caller: so says the logging HOWTO, Optimization
+    logging._srcfile = None  # look for no callers: no line names them (logging HOWTO, Optimization)
     logging.Formatter.converter = time.gmtime
-    log.setLevel(logging.INFO)  # waitress's stays at WARNING: less tells of clients that go away
-    targets = [logging.StreamHandler(sys.stdout)]
+    log.setLevel(logging.INFO)  # waitress's stays at WARNING: INFO tells of clients that go away
+    handler = BlockHandler([logging.StreamHandler(sys.stdout)])
     logging.basicConfig(
-        handlers=[BlockHandler(targets)], datefmt="%Y-%m-%dT%H:%M:%S",
+        handlers=[handler], datefmt="%Y-%m-%dT%H:%M:%S",
         format="%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s")
     try:
         LOG_DIR.mkdir(parents=True, exist_ok=True)
-        targets.append(logging.handlers.RotatingFileHandler(
+        handler.targets.append(logging.handlers.RotatingFileHandler(
             LOG_DIR / "msgsvc.log", maxBytes=10_000_000, backupCount=5, encoding="utf-8"))
     except OSError as error:
         log.warning("no log file: %s", error)
@@ -368,10 +368,10 @@ def set_up_log():
 
 
 def server_command(program, data, *arguments):
-    """Returns the command line of the program that makes, or serves, the folder `data`.
+    """Returns the command line by which `program` makes or serves the folder `data`.
 
-    On Linux it ends when this process does. Where that is root, which PostgreSQL refuses, it is the
-    folder's owner or nobody, and reaches every folder that root does.
+    Where setpriv exists, the program ends with this process. As PostgreSQL refuses root, it then
+    runs as the owner of `data`, or nobody before there is one, with root's access to files.
     """
     if not shutil.which("setpriv"):
         return [program, "-D", data, *arguments]
@@ -405,7 +405,7 @@ def start_postgres():
     atexit.register(server.wait)  # the functions are called in reverse order
     atexit.register(server.send_signal, signal.SIGINT)  # its fast shutdown
     schema = Path(__file__).with_name("schema.sql")
-    psql = [programs / "psql", "-Xqv", "ON_ERROR_STOP=1", "-f", schema]
+    psql = [programs / "psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-f", schema]
     for _ in range(300):
         applied = subprocess.run(psql, capture_output=True, errors="replace")
         if applied.returncode != 2 or server.poll() is not None:  # 2: no connection
@@ -417,7 +417,7 @@ def start_postgres():
 
 
 def make_cluster(initdb, data):
-    """Makes the folder `data`, under another name at first: it may be cut off."""
+    """Makes the folder `data`, which gets this name only when it is complete."""
     for unfinished in data.parent.glob(".pgdata.new-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     new = data.with_name(f".pgdata.new-{os.getpid()}")
@@ -429,8 +429,8 @@ def make_cluster(initdb, data):
 
 
 # == Process =======================================================================================
-# waitress's own end drops the requests that wait for a thread (its issue 198). So its loop turns
-# here, and after a signal it turns for as long as anything is in hand.
+# waitress's own shutdown drops requests that wait for a thread (its issue 198). So its loop runs
+# here; after a signal it goes on until those in hand are answered, for 4 seconds at most.
 
 STALLED_SECONDS = 300  # after which a reader that has taken nothing is cut off
 STOP = {signal.SIGTERM, signal.SIGINT}
@@ -441,9 +441,9 @@ def listen():
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     try:
         listener = socket.create_server((HOST, PORT), family=family, dualstack_ipv6=":" in HOST)
-    except (OSError, TypeError, ValueError) as error:  # HOST can be no name, or there is no IPv6
+    except (OSError, TypeError, ValueError) as error:  # a HOST that is no name, or no IPv6
         leave(1, f"cannot listen on {HOST} port {PORT}: {error}; set HOST and PORT")
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)  # bytes
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)  # a list of 1,000
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
     return listener
@@ -456,18 +456,18 @@ def work(arrivals):
 
 
 def serve(listener):
-    """Answers requests until a signal of STOP is pending, and then those that have come."""
+    """Answers requests until a signal of STOP is pending, then finishes those in hand."""
     arrivals, sockets = queue.SimpleQueue(), {}
     server = create_server(
         app, map=sockets, sockets=[listener], threads=0,
-        connection_limit=460,  # each may need a file, too; 1,024 are usual for both
-        send_bytes=65_536,  # before it sends any: head and body in one piece are much faster
+        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
+        send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
-        max_request_body_size=9_000_000,  # bytes; a client reads its answer after it has sent all
+        max_request_body_size=9_000_000,  # far above MAX_BODY: who sends that much reads its 413
         clear_untrusted_proxy_headers=False,  # nothing reads them
         log_socket_errors=False)
     server.add_task = arrivals.put  # one queue; waitress's own takes three locks
-    for _ in range(THREADS + 56):  # more than use the database, as a slow reader holds one
+    for _ in range(CONNECTIONS + 56):  # a slow reader keeps its thread, but no connection
         threading.Thread(target=work, args=[arrivals], daemon=True).start()
     log.info("listening on %s port %d", HOST, PORT)
     while not (stop := signal.sigpending() & STOP):
@@ -481,14 +481,14 @@ def serve(listener):
 
 
 def main():
-    """Serves until SIGTERM or SIGINT; where no database is named, on a PostgreSQL of its own."""
+    """Serves until SIGTERM or SIGINT; where no server is named, on a PostgreSQL of its own."""
     for signum in STOP:
-        signal.signal(signum, lambda signum, frame: sys.exit())
+        signal.signal(signum, lambda *_: sys.exit())  # while it starts; then `serve` looks for them
     listener = listen()
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         start_postgres()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # for all threads: `serve` looks for them
-    if hasattr(os, "sched_setaffinity"):  # on one core the interpreter lock changes hands best
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # for all threads, which come now
+    if hasattr(os, "sched_setaffinity"):  # on one core, any: there Python's lock changes hands fast
         os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
     threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB
     set_up_log()
