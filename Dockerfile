@@ -7,7 +7,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore PIP_DIS
 WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --constraint requirements.txt psycopg2-binary waitress pytest
-COPY msgsvc.py schema.sql test_msgsvc.py ./
+COPY --chmod=644 msgsvc.py schema.sql test_msgsvc.py ./
 CMD ["python", "-m", "pytest", "-p", "no:cacheprovider"]
 
 # production: from the clean base image again, what runs and nothing else
