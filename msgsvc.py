@@ -1,8 +1,7 @@
 """msgsvc: GET and POST /api/messages, on PostgreSQL.
 
 `app` is a WSGI application (PEP 3333), and `main` serves it with waitress. The file reads in the
-order in which a request travels: configuration, HTTP, messages, database, log; then PostgreSQL for
-a machine without Docker, and how the process starts and ends.
+order in which a request travels; how the process starts and ends comes last.
 """
 import atexit
 import importlib.util
@@ -145,7 +144,7 @@ def deliver(environ, begun, status, body):
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
         target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # so nobody forges a log line
-        log.info("%s %s %.2000s %d %d %.1f%s", environ.get("REMOTE_ADDR", "-"),
+        log.info("%s %s %s %d %d %.1f%s", environ.get("REMOTE_ADDR", "-"),
                  quote(environ["REQUEST_METHOD"]), target, status, size,
                  (time.monotonic() - begun) * 1000, outcome)
 
@@ -180,8 +179,7 @@ LOST = "The database has not answered; look whether the message was stored befor
 
 def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
-    [message] = database.query("EXECUTE add(%s)", [text], NOT_STORED, LOST)
-    return message + b"\n"
+    return database.query("EXECUTE add(%s)", [text], NOT_STORED, LOST)[0] + b"\n"
 
 
 def list_messages(after, limit):
@@ -404,8 +402,8 @@ def start_postgres():
     server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     atexit.register(server.wait)  # the functions are called in reverse order
     atexit.register(server.send_signal, signal.SIGINT)  # its fast shutdown
-    schema = Path(__file__).with_name("schema.sql")
-    psql = [programs / "psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-f", schema]
+    psql = [programs / "psql", "-Xq", "-v", "ON_ERROR_STOP=1",
+            "-f", Path(__file__).with_name("schema.sql")]
     for _ in range(300):
         applied = subprocess.run(psql, capture_output=True, errors="replace")
         if applied.returncode != 2 or server.poll() is not None:  # 2: no connection
@@ -413,7 +411,7 @@ def start_postgres():
         time.sleep(0.1)
     if applied.returncode:
         output.seek(0)
-        leave(1, f"PostgreSQL with {schema.name} does not start: {output.read()} {applied.stderr}")
+        leave(1, f"PostgreSQL with schema.sql does not start: {output.read()} {applied.stderr}")
 
 
 def make_cluster(initdb, data):
@@ -422,8 +420,7 @@ def make_cluster(initdb, data):
         shutil.rmtree(unfinished, ignore_errors=True)
     new = data.with_name(f".pgdata.new-{os.getpid()}")
     command = server_command(initdb, new, "-U", "postgres", "-E", "UTF8", "--no-locale")
-    made = subprocess.run(command, capture_output=True, errors="replace")
-    if made.returncode:
+    if (made := subprocess.run(command, capture_output=True, errors="replace")).returncode:
         leave(1, f"cannot make {data}: {made.stderr}")
     new.rename(data)
 
@@ -443,7 +440,6 @@ def listen():
         listener = socket.create_server((HOST, PORT), family=family, dualstack_ipv6=":" in HOST)
     except (OSError, TypeError, ValueError) as error:  # a HOST that is no name, or no IPv6
         leave(1, f"cannot listen on {HOST} port {PORT}: {error}; set HOST and PORT")
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 131_072)  # a list of 1,000
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
     return listener
@@ -464,20 +460,24 @@ def serve(listener):
         send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
         max_request_body_size=9_000_000,  # far above MAX_BODY: who sends that much reads its 413
-        clear_untrusted_proxy_headers=False,  # nothing reads them
         log_socket_errors=False)
     server.add_task = arrivals.put  # one queue; waitress's own takes three locks
-    for _ in range(CONNECTIONS + 56):  # a slow reader keeps its thread, but no connection
-        threading.Thread(target=work, args=[arrivals], daemon=True).start()
+    clients, threads = server.active_channels, 0
     log.info("listening on %s port %d", HOST, PORT)
     while not (stop := signal.sigpending() & STOP):
         wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
+        while threads < len(clients):  # so that nobody waits for a thread, whoever reads slowly
+            threading.Thread(target=work, args=[arrivals], daemon=True).start()
+            threads += 1
     log.info("%s: finishing what is in hand", stop.pop().name)
     wasyncore.dispatcher.close(server)  # the listener alone; its own close() ends the loop, too
-    end, clients = time.monotonic() + 4, server.active_channels
+    end = time.monotonic() + 4
     while time.monotonic() < end and any(
             client.requests or client.total_outbufs_len for client in clients.values()):
         wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
+    for client in list(clients.values()):
+        client.handle_close()  # readers that do not read are cut short, with a line in the log
+    time.sleep(0.1)
 
 
 def main():
