@@ -381,10 +381,8 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not(start, dat
     service = start(main="msgsvc.STALLED_SECONDS = 1; msgsvc.main()")
     with service.connect(GET) as stalled, service.connect(GET) as slow:
         stalled.recv(12)
-        answer = b""
-        while "cut short" not in service.log():
-            answer += slow.recv(100_000)
-            time.sleep(0.1)
+        answer = bytearray()
+        eventually(lambda: answer.extend(slow.recv(20_000)) or "cut short" in service.log())
         with slow.makefile("rb") as rest:
             assert (answer + rest.read()).endswith(b"]\n\r\n0\r\n\r\n")
     eventually(lambda: service.log().count(" GET /api/messages 200 ") == 2)
@@ -563,10 +561,10 @@ def test_a_database_that_is_away_is_a_503_at_once_and_one_line_and_used_when_it_
         assert time.monotonic() - begun < 2
         own_database.stop()
         eventually(lambda: service.status() == 503)
-    assert service.stop() == 0 and own_database.start() is None and own_database.texts() == []
-    lines = re.findall(r"(WARNING|INFO) database: (connection|works|.*)", service.log())
-    assert [level for level, _ in lines] in (["WARNING", "INFO"] * 2 + ["WARNING"], )
-    assert "horse" not in service.log()
+    own_database.start()
+    assert service.stop() == 0 and own_database.texts() == []
+    levels = re.findall("(WARNING|INFO) database: ", service.log())
+    assert levels == ["WARNING", "INFO"] * 2 + ["WARNING"] and "horse" not in service.log()
 
 
 def test_connections_are_opened_as_needed_and_kept_and_replaced_before_use_when_they_have_died(
@@ -698,7 +696,7 @@ def test_no_request_forges_a_line_and_a_folder_that_cannot_be_written_is_a_warni
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_every_request_finish(database, start, number):
-    service, texts = start(), [f"in hand {client}" for client in range(80)]  # more than threads
+    service, texts = start(), [f"in hand {client}" for client in range(80)]
     with ThreadPoolExecutor(80) as threads:
         with database.holding(THE_NEXT_IDS), service.connect(), service.connect(GET[:-2]):
             answers = [threads.submit(service.raw, post_bytes(text)) for text in texts]
