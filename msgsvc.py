@@ -148,14 +148,14 @@ def deliver(environ, begun, status, body):
 # PostgreSQL makes the JSON, one statement for each batch, so between batches a reader holds no
 # connection, lock or transaction. `database`, in the next section, runs the statements.
 
-BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # of text, and the message that exceeds it
+BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # bytes of text, and the message that exceeds them
 MESSAGE = """'{"id":' || id || ',"text":' || to_json(text)
              || ',"created_at":' || to_json(created_at) || '}'"""
 PREPARE = {
     "write": f"""PREPARE write (text) AS
         WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
         SELECT {MESSAGE} FROM message""",
-    "read": f"""PREPARE read (bigint, bigint) AS
+    "read": f"""PREPARE read (bigint, bigint) AS -- its results' types may not change with the table
         SELECT coalesce(string_agg({MESSAGE}, E',\\n' ORDER BY id), ''), max(id)::bigint, count(*),
                count(*) < $2 AND (count(*) = {BATCH_ROWS} OR max(so_far) >= {BATCH_BYTES}) AS more
         FROM (
@@ -211,7 +211,7 @@ SESSION = """
 
 
 class Connection(extensions.connection):
-    """An asynchronous connection, so that each wait has a deadline: libpq's own have none."""
+    """An asynchronous connection: each wait, but for the lookup of PGHOST, has a deadline."""
     opened = None  # when, in time.monotonic()
 
     def open(self):
@@ -229,8 +229,8 @@ class Connection(extensions.connection):
         if purpose not in self.prepared:  # not in `open`: to prepare is to wait for locks
             self.execute(deadline, PREPARE[purpose])
             self.prepared.add(purpose)
-            if time.monotonic() > self.sent + 0.4:  # it was locked, and the rest of the time is
-                self.sent = 0                       # too short for silence to mean anything
+            if time.monotonic() > self.sent + 0.4:  # after a lock the rest of the time is less than
+                self.sent = 0  # statement_timeout: then silence proves nothing about others
         return self.execute(deadline, EXECUTE[purpose], values).fetchone()
 
     def execute(self, deadline, *arguments):
@@ -241,15 +241,15 @@ class Connection(extensions.connection):
         return cursor
 
     def wait(self, deadline):
-        """Waits until libpq is done; at the deadline closes the connection, and raises."""
+        """Waits until libpq is done; at the deadline closes the connection and raises."""
         while (state := self.poll()) != extensions.POLL_OK:
             event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
-            if not self.has(event, deadline - time.monotonic()):
+            if not self.wait_for(event, deadline - time.monotonic()):
                 self.close()
                 raise psycopg2.OperationalError("no answer in time")
 
-    def has(self, event, seconds):
-        """Returns whether an event comes to its socket within some seconds."""
+    def wait_for(self, event, seconds):
+        """Waits for an event at the socket; returns whether it has come in time."""
         poller = select.poll()
         poller.register(self, event)
         return bool(seconds >= 0 and poller.poll(seconds * 1000))
@@ -262,7 +262,7 @@ class Database:
         self.places = threading.Semaphore(POOL_SIZE)  # waits where the pool would raise an error
         self.trusted_from = 0  # connections opened earlier are not used again
         self.read_only_at = 0  # when a server last refused to write
-        self.states, self.lock = {}, threading.Lock()  # as logged last, for each purpose
+        self.states, self.lock = {}, threading.Lock()  # what `report` has logged last
         self.pool = pool.ThreadedConnectionPool(
             0, POOL_SIZE, connection_factory=Connection, async_=True, client_encoding="UTF8")
         self.pool.minconn = POOL_SIZE  # it keeps so many; the constructor would open so many
@@ -292,7 +292,7 @@ class Database:
         if self.read_only_at > self.trusted_from and time.monotonic() > self.trusted_from + 1:
             self.trusted_from = time.monotonic()  # once a second: new ones may refuse as well
         while (connection := self.pool.getconn()).opened and (
-                connection.opened < self.trusted_from or connection.has(select.POLLIN, 0)):
+                connection.opened < self.trusted_from or connection.wait_for(select.POLLIN, 0)):
             self.pool.putconn(connection, close=True)  # unasked input: the server has closed it
         return connection
 
@@ -314,13 +314,13 @@ class Database:
         in_doubt = purpose == "write" and (connection.closed or code.startswith(("08", "XX")))
         return Refusal(503, IN_DOUBT if in_doubt else NOT_DONE[purpose])
 
-    def report(self, purpose, error=None):
-        """Logs when it changes whether the database can be reached, read or written."""
+    def report(self, what, error=None):
+        """Logs when it changes whether one can connect, read or write, and why not."""
         state = " ".join((error.diag.message_primary or str(error)).split()) if error else "ok"
         with self.lock:
-            if state != self.states.get(purpose, "ok"):
-                self.states[purpose] = state
-                (log.warning if error else log.info)("database: %s: %s", purpose, state)
+            if state != self.states.get(what, "ok"):
+                self.states[what] = state
+                (log.warning if error else log.info)("database: %s: %s", what, state)
 
 
 database = Database()
@@ -363,7 +363,7 @@ def set_up_log():
     writer = threading.Thread(target=write_blocks, args=[lines, handlers], daemon=True)
     writer.start()
     atexit.register(writer.join, 1)  # not for ever: perhaps nobody reads standard output any more
-    atexit.register(lines.put, None)
+    atexit.register(lines.put, None)  # this first: the functions are called in reverse order
 
 
 # == Process =======================================================================================
@@ -392,7 +392,7 @@ def serve(listener):
         while True:
             busy.add(client := tasks.get())
             client.service()
-            busy.remove(client)
+            busy.discard(client)
 
     tasks, busy, socket_map = queue.SimpleQueue(), set(), {}
     server = create_server(
@@ -471,7 +471,7 @@ def start_postgres():
     command = server_command(programs / "postgres", data, "-h", "", "-k", folder,
                              "-c", "log_min_messages=fatal")
     server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    atexit.register(server.wait)  # the functions are called in reverse order
+    atexit.register(server.wait)
     atexit.register(server.send_signal, signal.SIGINT)  # its fast shutdown
     schema = Path(__file__).with_name("schema.sql")
     psql = [programs / "psql", "-Xqv", "ON_ERROR_STOP=1", "-f", schema, "client_encoding=UTF8"]

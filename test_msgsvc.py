@@ -596,8 +596,8 @@ def test_a_crash_under_load_loses_no_promise_and_stores_nothing_twice(own_databa
     assert set(promised) <= set(stored) <= set(promised) | set(unknown)
 
 
-IMPATIENT = """msgsvc.PLACE_SECONDS, msgsvc.OPEN_SECONDS, msgsvc.ANSWER_SECONDS = 0.8, 1, 2
-msgsvc.SESSION = msgsvc.SESSION.replace("4.5s", "1.5s")
+IMPATIENT = """msgsvc.PLACE_SECONDS, msgsvc.OPEN_SECONDS, msgsvc.ANSWER_SECONDS = 0.8, 0.8, 1.5
+msgsvc.SESSION = msgsvc.SESSION.replace("4.5s", "1s")
 msgsvc.main()"""
 
 
@@ -729,8 +729,7 @@ def test_each_request_is_a_line_in_both_logs_and_the_file_is_rotated_by_size(sta
     service.ask("HEAD")
     eventually(lambda: " HEAD " in file.read_text(), 1)
     service.ask(target="/none")
-    assert service.stop() == 0 and file.read_text() == service.log()
-    assert "secret" not in service.log()
+    assert service.stop() == 0 and "secret" not in file.read_text() == service.log()
     assert file.with_name("msgsvc.log.1").stat().st_size == 10_000_000
     lines = [line for line in service.log().splitlines() if "/" in line]
     assert all(re.fullmatch(LINE, line) for line in lines)
@@ -882,7 +881,7 @@ def test_it_starts_in_any_folder_and_widens_no_permissions(embedded, tmp_path, n
     assert before == {path: path.stat().st_mode for path in [folder, *folder.parents]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_first_start_that_was_cut_off_is_made_good_by_the_next_one(embedded, tmp_path, number):
     begun = embedded(ready=False)
     eventually(lambda: list(tmp_path.glob(".pgdata.new-*")))
