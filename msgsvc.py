@@ -64,7 +64,7 @@ ERROR_HEADERS = {405: {"Allow": "GET, HEAD, POST"}, 503: {"Retry-After": "1"}}
 
 
 class Refusal(ConnectionAbortedError):
-    """An error answer: status and sentence. An OSError: at that a server hangs up in mid-list."""
+    """An error answer: status and sentence. In mid-list a server hangs up at it, as an OSError."""
 
 
 def app(environ, start_response):
@@ -74,7 +74,7 @@ def app(environ, start_response):
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     try:
         status, body = respond(environ)
-        if is_head or isinstance(body, list):  # else it is in chunks; HEAD reads all to count
+        if is_head or isinstance(body, list):  # a stream has none; for HEAD it is read to its end
             headers["Content-Length"] = str(sum(map(len, body)))
     except Exception as error:
         if not isinstance(error, Refusal):
@@ -155,7 +155,7 @@ PREPARE = {
     "write": f"""PREPARE write (text) AS
         WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING id, text, created_at)
         SELECT {MESSAGE} FROM message""",
-    "read": f"""PREPARE read (bigint, bigint) AS -- its results' types may not change with the table
+    "read": f"""PREPARE read (bigint, bigint) AS -- types must not change when the table's do
         SELECT coalesce(string_agg({MESSAGE}, E',\\n' ORDER BY id), ''), max(id)::bigint, count(*),
                count(*) < $2 AND (count(*) = {BATCH_ROWS} OR max(so_far) >= {BATCH_BYTES}) AS more
         FROM (
@@ -166,7 +166,7 @@ EXECUTE = {"write": "EXECUTE write(%s)", "read": "EXECUTE read(%s, %s)"}
 NOT_DONE = {
     "write": "The message was not stored; try again in a second, or look at the service's log.",
     "read": "The database cannot be read now; try again in a second, or look at the service's log."}
-IN_DOUBT = "No answer from the database; look whether the message was stored before you try again."
+IN_DOUBT = "The answer was lost; look whether the message was stored before you try again."
 
 
 def add_message(text):
@@ -189,17 +189,17 @@ def following(after, limit):
     """Yields the batches after the first one, with commas before them."""
     more = True
     while more:
-        time.sleep(0)  # gives others their turn at the database, as a HEAD never waits for a client
+        time.sleep(0)  # lets those who wait for a place take it: HEAD does nothing else in between
         batch, after, count, more = database.query("read", [after, limit])
         limit -= count
         yield from [b",\n", batch] if batch else []  # a full batch may have been the last one
 
 
 # == Database ======================================================================================
-# One request's trouble is to be nobody else's. An error that the server answers says nothing about
-# the connection, and one that cannot be opened nothing about those that are. Two things discredit
-# older connections: a statement without any answer (they may be dead as well), and a read-only
-# server's refusal (they may lead to what is the primary no more). They are closed, not used again.
+# One request's trouble is to be nobody else's: neither an error that the server answers nor an
+# attempt to connect that fails discredits other connections. Two things do. A statement without any
+# answer: those that were opened before it was sent may be as dead. A read-only server's refusal: all
+# that are older may lead to the old primary. Such connections are closed and not used again.
 
 PLACE_SECONDS = 2.5  # to wait for one of POOL_SIZE places;
 OPEN_SECONDS = 2     # then to open a connection, if none is free;
@@ -229,8 +229,8 @@ class Connection(extensions.connection):
         if purpose not in self.prepared:  # not in `open`: to prepare is to wait for locks
             self.execute(deadline, PREPARE[purpose])
             self.prepared.add(purpose)
-            if time.monotonic() > self.sent + 0.4:  # after a lock the rest of the time is less than
-                self.sent = 0  # statement_timeout: then silence proves nothing about others
+            if time.monotonic() > self.sent + 0.4:  # it was locked, and what is left is less than
+                self.sent = 0  # statement_timeout: so silence is no news, and discredits nobody
         return self.execute(deadline, EXECUTE[purpose], values).fetchone()
 
     def execute(self, deadline, *arguments):
@@ -265,7 +265,7 @@ class Database:
         self.states, self.lock = {}, threading.Lock()  # what `report` has logged last
         self.pool = pool.ThreadedConnectionPool(
             0, POOL_SIZE, connection_factory=Connection, async_=True, client_encoding="UTF8")
-        self.pool.minconn = POOL_SIZE  # it keeps so many; the constructor would open so many
+        self.pool.minconn = POOL_SIZE  # so many idle ones stay; the constructor would open them
 
     def query(self, purpose, values):
         """Runs the statement of a purpose; returns its row, or None. Raises a Refusal."""
@@ -298,12 +298,13 @@ class Database:
 
     def refusal(self, purpose, error, connection):
         """Returns what the client is told; notes what the error means for other connections."""
-        code, fatal = error.pgcode or "", ":  " in str(error)  # FATAL: a server's last words
+        code, fatal = error.pgcode or "", ":  " in str(error)  # FATAL: the server's last words
         if not connection or not connection.opened:
             self.report("connect", error)
             time.sleep(0.9 if fatal else 0)  # its place stays taken: the others share what is open
             return Refusal(503, NOT_DONE[purpose])
-        if purpose == "write" and re.match("22(?!00H)|23|54000|P0001", code):  # 2200H: out of ids
+        # Data, constraint, size of an index, RAISE; but not out of ids, nor a missing default.
+        if purpose == "write" and re.match("22(?!00H)|23(?!502)|54000|P0001", code):
             return Refusal(400, "The table refuses this text; send another one.")
         self.report(purpose, error)
         if code == "25006":
@@ -370,6 +371,7 @@ def set_up_log():
 # waitress's own shutdown drops requests that wait for a thread (its issue 198). So its loop runs
 # here; after a signal it goes on until those in hand are answered, for 4 seconds at most.
 
+CLIENTS = 460          # at a time: each a socket and perhaps a file, of often 1,024 allowed
 STALLED_SECONDS = 300  # after which a reader that has taken nothing is cut off
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -390,29 +392,25 @@ def serve(listener):
     """Answers requests until one of STOP_SIGNALS is pending, then finishes those in hand."""
     def answer():  # in each thread
         while True:
-            busy.add(client := tasks.get())
-            client.service()
-            busy.discard(client)
+            tasks.get().service()
 
-    tasks, busy, socket_map = queue.SimpleQueue(), set(), {}
+    tasks, socket_map = queue.SimpleQueue(), {}
     server = create_server(
         app, map=socket_map, sockets=[listener], threads=0,
-        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
+        connection_limit=CLIENTS,
         send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
         max_request_body_size=9_000_000,  # far above MAX_BODY: up to here `posted_text` answers
         log_socket_errors=False)
     server.add_task = tasks.put  # in place of waitress's own queue, which takes three locks
-    clients, threads = server.active_channels, 0
+    for _ in range(CLIENTS):  # one for each, so that nobody waits for those who read slowly
+        threading.Thread(target=answer, daemon=True).start()
     log.info("listening on %s port %d", HOST, PORT)
     while not (stop := signal.sigpending() & STOP_SIGNALS):
         wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
-        while threads < len(busy.union(clients.values())):  # one for each, also who has left
-            threading.Thread(target=answer, daemon=True).start()
-            threads += 1
     log.info("%s: finishing what is in hand", stop.pop().name)
     wasyncore.dispatcher.close(server)  # the listener only; server.close() would end the loop, too
-    end = time.monotonic() + 4
+    clients, end = server.active_channels, time.monotonic() + 4
     while time.monotonic() < end and any(
             client.requests or client.total_outbufs_len for client in clients.values()):
         wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
