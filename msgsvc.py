@@ -198,8 +198,8 @@ def following(after, limit):
 # == Database ======================================================================================
 # One request's trouble is to be nobody else's: neither an error that the server answers nor an
 # attempt to connect that fails discredits other connections. Two things do. A statement without any
-# answer: those that were opened before it was sent may be as dead. A read-only server's refusal: all
-# that are older may lead to the old primary. Such connections are closed and not used again.
+# answer: those that were opened before it was sent may be as dead. A read-only server's refusal:
+# older ones may lead to the old primary. Such connections are closed and not used again.
 
 PLACE_SECONDS = 2.5  # to wait for one of POOL_SIZE places;
 OPEN_SECONDS = 2     # then to open a connection, if none is free;

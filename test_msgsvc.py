@@ -624,7 +624,7 @@ def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
 
 @pytest.mark.parametrize("change, options, reading, writing, troubles", [
     ("REVOKE INSERT ON messages FROM {}", "", 200, 503, [
-        "write: permission denied for table messages"]),
+     "write: permission denied for table messages"]),
     ("", "-c default_transaction_read_only=on", 200, 503,
      ["write: cannot execute SELECT in a read-only transaction"]),
     ("ALTER TABLE messages ALTER id SET MAXVALUE 2; SELECT setval('messages_id_seq', 2)", "", 200,
@@ -633,7 +633,7 @@ def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
         GRANT SELECT (id, text, created_at) ON messages TO {0}""", "", 503, 201,
      ["read: permission denied for table messages"]),
     ("ALTER TABLE messages ADD author text NOT NULL", "", 200, 503, [
-        'write: null value in column "author" of relation "messages" violates not-null constraint']),
+     'write: null value in column "author" of relation "messages" violates not-null constraint']),
     ("ALTER TABLE messages RENAME text TO t", "", 503, 503, ['read: column "text" does not exist',
      'write: column "text" of relation "messages" does not exist'])])
 def test_what_is_refused_is_a_line_in_postgresql_s_words_and_opens_no_connection(
