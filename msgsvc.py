@@ -371,7 +371,6 @@ def set_up_log():
 # waitress's own shutdown drops requests that wait for a thread (its issue 198). So its loop runs
 # here; after a signal it goes on until those in hand are answered, for 4 seconds at most.
 
-CLIENTS = 460          # at a time: each a socket and perhaps a file, of often 1,024 allowed
 STALLED_SECONDS = 300  # after which a reader that has taken nothing is cut off
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -392,25 +391,28 @@ def serve(listener):
     """Answers requests until one of STOP_SIGNALS is pending, then finishes those in hand."""
     def answer():  # in each thread
         while True:
-            tasks.get().service()
+            busy.add(client := tasks.get())
+            client.service()
+            busy.discard(client)
 
-    tasks, socket_map = queue.SimpleQueue(), {}
+    tasks, busy, threads, socket_map = queue.SimpleQueue(), set(), 0, {}
     server = create_server(
         app, map=socket_map, sockets=[listener], threads=0,
-        connection_limit=CLIENTS,
+        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
         send_bytes=65_536,  # collected before it sends: head and body in one piece are much faster
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
-        max_request_body_size=9_000_000,  # far above MAX_BODY: up to here `posted_text` answers
-        log_socket_errors=False)
+        log_socket_errors=False, max_request_body_size=9_000_000)  # up to here the 413 is ours
     server.add_task = tasks.put  # in place of waitress's own queue, which takes three locks
-    for _ in range(CLIENTS):  # one for each, so that nobody waits for those who read slowly
-        threading.Thread(target=answer, daemon=True).start()
+    clients = server.active_channels
     log.info("listening on %s port %d", HOST, PORT)
     while not (stop := signal.sigpending() & STOP_SIGNALS):
         wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
+        while threads < len(busy.union(clients.values())):  # one for each, even for who has left
+            threading.Thread(target=answer, daemon=True).start()
+            threads += 1
     log.info("%s: finishing what is in hand", stop.pop().name)
     wasyncore.dispatcher.close(server)  # the listener only; server.close() would end the loop, too
-    clients, end = server.active_channels, time.monotonic() + 4
+    end = time.monotonic() + 4
     while time.monotonic() < end and any(
             client.requests or client.total_outbufs_len for client in clients.values()):
         wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
