@@ -547,12 +547,12 @@ def test_a_table_that_was_changed_or_made_anew_is_used(database, start):
 def test_a_database_that_is_away_is_a_503_and_one_line_and_used_again(own_database, start):
     own_database.stop()
     service = start(PGPASSWORD="correct-horse")
-    assert at_once(24, service.status, 1) == [503] * 24
+    assert at_once(24, service.status, 2) == [503] * 24
     assert "was not stored" in service.error(503, "POST")
     own_database.start()
     eventually(lambda: service.status() == 200, 2)
     own_database.stop()
-    assert at_once(24, service.status, 1) == [503] * 24 and service.stop() == 0
+    assert at_once(24, service.status, 2) == [503] * 24 and service.stop() == 0
     lines = re.findall("(WARNING|INFO) database: connect: ", service.log())
     assert lines == ["WARNING", "INFO", "WARNING"] and "horse" not in service.log()
 
