@@ -679,6 +679,7 @@ def test_100_clients_behind_a_locked_table_get_503_and_right_after_it_all_works(
         at_once(100, lambda n: service.error(503, "POST" if n % 2 else "GET"), 5)
         eventually(lambda: database.waiting() == 0)
     assert at_once(24, service.status) == [200] * 24 and database.sessions(service) == kept
+    eventually(lambda: "INFO database: read: ok" in service.log())
 
 
 def test_of_slow_statements_as_many_are_run_as_the_database_can(database, start):
