@@ -164,7 +164,7 @@ def postgres():
 @pytest.fixture
 def database(postgres):
     """The database with the table, new and empty."""
-    postgres.run(f"DROP TABLE IF EXISTS messages; {SCHEMA} {SCHEMA}"  # again and again
+    postgres.run(f"DROP TABLE IF EXISTS messages; {SCHEMA}"
                  f"GRANT SELECT, INSERT ON messages TO {postgres.name}")
     return postgres
 
@@ -292,12 +292,13 @@ def start(database):
 # == Reading =======================================================================================
 
 
-def test_a_posted_message_is_answered_as_every_list_shows_it(service):
+def test_a_posted_message_is_answered_as_every_list_shows_it(service, database):
     assert service.list() == []
     status, message = service.post("hello")
     assert status == 201 and list(message) == ["id", "text", "created_at"]
     assert (message["id"], message["text"]) == (1, "hello")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00", message["created_at"])
+    database.run(SCHEMA)  # applied again, it keeps what is there
     assert service.list() == [message]
 
 
@@ -369,8 +370,8 @@ def test_50_readers_that_do_not_read_and_300_idle_clients_keep_nobody_out(start,
             clients.enter_context(service.connect())
             clients.enter_context(service.connect(post_bytes("half sent")[:-3]))
         eventually(lambda: not database.run(active, str(service.port)))  # no transaction
-        assert at_once(1, lambda _: service.post("through")[0], 5) == [201]
-        assert service.peak() < 400_000
+        asked = at_once(1, lambda _: [service.post("x")[0], len(service.list("?limit=1"))], 5)
+        assert asked == [[201, 1]] and service.peak() < 400_000
     eventually(lambda: service.log().count(" cut short\n") == 50)
 
 
@@ -562,8 +563,7 @@ def test_connections_are_opened_as_needed_kept_and_replaced_when_they_died(datab
     kept = database.sessions(service)
     assert at_once(20, service.status) == [200] * 20
     assert len(kept) == 8 and database.sessions(service) == kept
-    for pid in kept:
-        database.run("SELECT pg_terminate_backend(%s, 5000)", pid)
+    database.run("SELECT pg_terminate_backend(pid, 5000) FROM unnest(%s) AS pid", list(kept))
     assert [status for status, _ in at_once(16, service.post)] == [201] * 16
 
 
@@ -576,6 +576,7 @@ def test_a_crash_under_load_loses_no_promise_and_stores_nothing_twice(own_databa
             if status == 201:
                 promised.append(answer["text"])
             elif "was not stored" not in answer["error"]:
+                assert status == 503 and "look whether" in answer["error"]
                 unknown.append(f"{writer}-{number}")
             time.sleep(0 if status == 201 else 0.05)
 
@@ -605,7 +606,7 @@ def test_an_address_that_answers_nothing_is_a_503_in_time_for_many_clients(start
 
 
 def test_a_frozen_server_ends_in_503_and_is_used_again(own_database, start):
-    assert msgsvc.PLACE_SECONDS + msgsvc.OPEN_SECONDS + msgsvc.ANSWER_SECONDS < 9.9, "the longest"
+    assert msgsvc.PLACE_SECONDS + msgsvc.OPEN_SECONDS + msgsvc.ANSWER_SECONDS <= 9.5, "at worst"
     service = start(main=IMPATIENT)
     warm(service, own_database)
     with own_database.frozen(own_database.sessions(service)):  # but not who takes new connections
@@ -640,9 +641,8 @@ def test_what_is_refused_is_a_line_in_postgresql_s_words_and_opens_no_connection
     database.run(change.format(database.name) or "SELECT")
     service = start(PGUSER=database.name, PGOPTIONS=options)
     with ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(*request) for request in [
-            (service.status,), (service.post, "posted")] * 100]
-        opened = set()
+        asked, opened = [threads.submit(*request) for request in [
+            (service.status,), (service.post, "posted")] * 100], set()
         while not all(one.done() for one in asked):
             opened |= database.sessions(service)
     answers = [one.result() for one in asked]
