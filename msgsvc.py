@@ -351,15 +351,15 @@ database = Database()
 # queue their lines, and one thread writes them in blocks.
 
 
-def write_blocks(lines, handlers):
-    """Hands the lines of a queue to handlers, those of 50 ms as one record, until it gets None."""
+def write_blocks(collector):
+    """Hands queued lines to the handlers, those of 50 ms as one record, until it gets None."""
     block = []
     while None not in block:
-        block = [lines.get()]
+        block = [collector.queue.get()]
         time.sleep(0.05)
-        block += [lines.get() for _ in range(lines.qsize())]
+        block += [collector.queue.get() for _ in range(collector.queue.qsize())]
         record = logging.makeLogRecord({"msg": "\n".join(filter(None, block))})
-        for handler in handlers:
+        for handler in collector.handlers:
             handler.emit(record)
 
 
@@ -368,22 +368,22 @@ def set_up_log():
     logging.raiseExceptions = False  # a full disk is no reason for tracebacks
     logging.Formatter.converter = time.gmtime
     log.setLevel(logging.INFO)  # waitress stays at WARNING: its INFO tells of clients that leave
-    lines, handlers = queue.SimpleQueue(), [logging.StreamHandler(sys.stdout)]
-    collector = logging.handlers.QueueHandler(lines)
+    collector = logging.handlers.QueueHandler(queue.SimpleQueue())
     collector.prepare = collector.format  # queues a record as a line
+    collector.handlers = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(
         handlers=[collector], datefmt="%Y-%m-%dT%H:%M:%S",
         format="%(asctime)s.%(msecs)03d+00:00 %(levelname)s %(message)s")
     try:
         LOG_DIR.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.handlers.RotatingFileHandler(
+        collector.handlers.append(logging.handlers.RotatingFileHandler(
             LOG_DIR / "msgsvc.log", maxBytes=10_000_000, backupCount=5, encoding="utf-8"))
     except OSError as error:
         log.warning("no log file: %s", error)
-    writer = threading.Thread(target=write_blocks, args=[lines, handlers], daemon=True)
+    writer = threading.Thread(target=write_blocks, args=[collector], daemon=True)
     writer.start()
     atexit.register(writer.join, 1)  # not forever: perhaps nobody reads standard output any more
-    atexit.register(lines.put, None)  # runs before the line above: exit goes in reverse order
+    atexit.register(collector.queue.put, None)  # runs before the line above: exit goes in reverse order
 
 
 # == Process =======================================================================================

@@ -1,4 +1,4 @@
--- The one table. It can be applied again and again: psql -f schema.sql
+-- The only table. This file can be applied again and again: psql -f schema.sql
 
 CREATE TABLE IF NOT EXISTS messages (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY CHECK (id > 0),
