@@ -383,7 +383,7 @@ def set_up_log():
     writer = threading.Thread(target=write_blocks, args=[collector], daemon=True)
     writer.start()
     atexit.register(writer.join, 1)  # not forever: perhaps nobody reads standard output any more
-    atexit.register(collector.queue.put, None)  # runs before the line above: exit goes in reverse order
+    atexit.register(collector.queue.put, None)  # runs first: exit goes in reverse
 
 
 # == Process =======================================================================================
