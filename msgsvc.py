@@ -278,7 +278,7 @@ class Database:
                 connection.open()
                 self.report("connect", "ok")
             row = connection.fetch(statement, values)
-        except psycopg2.Error as error:
+        except (psycopg2.Error, UnicodeDecodeError) as error:  # the latter while connecting
             raise self.failure(statement, error, connection) from None
         finally:
             if connection:
@@ -322,7 +322,7 @@ class Database:
 
     def report(self, what, state):
         """Logs when connecting, reading, or writing begins to fail or works again."""
-        state = " ".join(state.split())
+        state = "".join(filter(str.isprintable, " ".join(state.split())))
         with self.states_lock:
             if state == self.states.get(what, "ok"):
                 return
@@ -335,11 +335,11 @@ def is_refusal(error):
     code, diag = error.pgcode or "", error.diag
     if diag.source_function == "exec_stmt_raise":  # RAISE EXCEPTION in a trigger
         return True
-    if code.startswith("22"):  # the data; but 2200H: ids have run out
+    if code.startswith("22") or code == "42601":  # the data; but 2200H: ids have run out
         return code != "2200H"
     if code.startswith("23"):  # a constraint; a missing partition or default has only a table
         return bool(diag.constraint_name) or not diag.table_name
-    return code == "54000" and diag.source_file != "varsup.c"  # an index; not: out of xids
+    return code.startswith("54") and diag.source_file != "varsup.c"  # no more transaction ids
 
 
 database = Database()
@@ -424,7 +424,7 @@ def serve(listener):
     server = create_server(
         app, map=socket_map, sockets=[listener], threads=0, log_socket_errors=False,
         connection_limit=460,  # each may need two files, and the usual limit is 1,024
-        max_request_header_size=16_384,  # bounds the length of a line in the log
+        max_request_header_size=16_385,  # refused from here on; this bounds the lines of the log
         max_request_body_size=9_000_000,  # up to this size, the 413 is ours
         outbuf_high_watermark=524_288,  # bytes that a client has not read; then its thread waits
         send_bytes=65_536)  # collected before it sends: head and body in one piece are much faster
@@ -491,7 +491,7 @@ def make_cluster(initdb, data):
     new = Path(tempfile.mkdtemp(prefix=".pgdata.new-", dir=data.parent))
     if os.geteuid() == 0:
         os.chown(new, NOBODY, NOBODY)
-    command = own_command(initdb, new, "-U", "postgres", "-E", "UTF8", "--no-locale")
+    command = own_command(initdb, new, "-Upostgres", "-Atrust", "-EUTF8", "--no-locale")
     made = subprocess.run(command, capture_output=True, errors="replace")
     if made.returncode:
         raise OSError(made.stderr)
