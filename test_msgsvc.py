@@ -775,9 +775,9 @@ class TestDatabaseThatDoesNotAnswer:
             assert statuses(at_once(24, service.post)) == {503, 504}
             assert time.monotonic() - started < 10
 
-    def test_without_an_answer_the_service_discards_all_older_connections(self, database, start):
+    def test_without_an_answer_the_service_discards_all_older_connections(self, stoppable, start):
         service = start(change=HURRY)
-        with frozen(service.open_all_connections(database)):
+        with frozen(service.open_all_connections(stoppable)):
             assert service.ask().status == 503
             assert statuses(at_once(16, service.ask)) == {200}
 
