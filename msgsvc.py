@@ -312,7 +312,7 @@ class Database:
         self.report(statement.name, error.diag.message_primary or str(error).partition("\n")[0])
         if connection.closed:
             self.trusted_from = max(self.trusted_from, connection.sent_at)
-        if isinstance(error, errors.ReadOnlySqlTransaction):  # spares the last second's
+        if isinstance(error, errors.ReadOnlySqlTransaction):  # keeps the newest ones
             self.trusted_from = max(self.trusted_from, time.monotonic() - 1)
         # A distributed server reports class 08 or XX if one of its nodes did not answer it.
         is_lost = connection.closed or (error.pgcode or "").startswith(("08", "XX"))
