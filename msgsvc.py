@@ -70,7 +70,7 @@ def app(environ, start_response):
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     try:
         status, body = respond(environ)
-        if is_head or isinstance(body, list):  # for HEAD, a stream is read to its end and counted
+        if is_head or isinstance(body, list):  # HEAD reads a whole stream for its length
             headers["Content-Length"] = str(sum(map(len, body)))
     except Exception as error:
         if not isinstance(error, HTTPError):
@@ -100,7 +100,7 @@ def respond(environ):
 
 def parameter(query, name, default, lowest):
     """Returns the parameter `name` of a query, a number from `lowest` to BIGINT_MAX."""
-    text = ",".join(query.get(name, [str(default)]))  # a repeated one is no number
+    text = ",".join(query.get(name, [str(default)]))  # given twice, it is no number
     if not re.fullmatch("[0-9]{1,19}", text) or not lowest <= int(text) <= BIGINT_MAX:
         raise HTTPError(400, f"Give {name} once, in digits only, from {lowest} to {BIGINT_MAX}.")
     return int(text)
@@ -134,7 +134,7 @@ def deliver(environ, started, status, body):
             yield part
             size += len(part)
         mark = ""
-    except HTTPError:  # too late for a status: an OSError makes the server hang up
+    except HTTPError:  # the status is already sent; at an OSError, the server hangs up
         raise ConnectionAbortedError from None
     finally:
         target = f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}".removesuffix("?")
@@ -153,7 +153,7 @@ NOT_STORED = "The message was not stored; try again in a second, or check the se
 NOT_READ = "The database cannot be read now; try again in a second, or check the service's log."
 REFUSED = "The table refuses this text; send another one."
 LOST = "The answer was lost; check whether the message was stored before you post it again."
-# Each connection prepares a statement when it first executes it. Its error answer is `not_done`.
+# Prepared once per connection, at its first use. `not_done` is the sentence of its error answer.
 Statement = collections.namedtuple("Statement", ["name", "execute", "not_done", "prepare"])
 
 WRITE = Statement("write", "EXECUTE write (%s)", NOT_STORED, f"""
@@ -201,8 +201,8 @@ def stream(batch, after, limit):
 # sends a message to the database twice.
 #
 # One request's trouble stays its own, because neither an error that the server reports nor a failed
-# attempt to connect says anything about other connections. But after a lost answer or a read-only
-# error, older connections may lead to the same trouble, so the service closes them.
+# attempt to connect says anything about other connections. But when a connection is lost, or leads
+# to a read-only server, the older ones may do the same, so the service closes them.
 SLOT_SECONDS = 2.5  # for one of POOL_SIZE slots to become free,
 OPEN_SECONDS = 2    # to open a connection if none is idle,
 ANSWER_SECONDS = 5  # to answer; together, less than ten
@@ -295,7 +295,7 @@ class Database:
             connection = self.pool.getconn()
             if not connection.opened_at:
                 return connection
-            has_input = connection.is_ready(select.POLLIN, 0)  # if idle: the server closed it
+            has_input = connection.is_ready(select.POLLIN, 0)  # idle, but readable: it ended
             if connection.opened_at >= self.trusted_from and not has_input:
                 return connection
             self.pool.putconn(connection, close=True)
@@ -335,11 +335,11 @@ def is_refusal(error):
     code, diag = error.pgcode or "", error.diag
     if diag.source_function == "exec_stmt_raise":  # RAISE EXCEPTION in a trigger
         return True
-    if code.startswith("22") or code == "42601":  # the data; but 2200H: ids have run out
+    if code.startswith("22") or code == "42601":  # the text; but 2200H: ids have run out
         return code != "2200H"
-    if code.startswith("23"):  # a constraint; a missing partition or default has only a table
+    if code.startswith("23"):  # a missing partition or default names a table, no constraint
         return bool(diag.constraint_name) or not diag.table_name
-    return code.startswith("54") and diag.source_file != "varsup.c"  # no more transaction ids
+    return code.startswith("54") and diag.source_file != "varsup.c"  # varsup.c: no transaction ids
 
 
 database = Database()
@@ -529,7 +529,7 @@ def own_command(program, data, *arguments):
     if os.geteuid() == 0:
         options += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
         is_open = all(path.stat().st_mode & 0o001 for path in [*data.parents, *program.parents])
-        is_shared = data.parent.stat().st_mode & 0o002  # anyone could have planted the data there
+        is_shared = data.parent.stat().st_mode & 0o002  # anyone may have planted the data
         if not is_open and not is_shared:  # lets the user nobody pass through closed folders
             options += ["--securebits=+no_setuid_fixup", "--inh-caps=+dac_read_search",
                         "--ambient-caps=+dac_read_search"]
