@@ -503,7 +503,7 @@ def run_server(programs, data, folder):
     deadline = time.monotonic() + 3  # the server of a killed service may still be ending
     while os.path.exists(data / "postmaster.pid") and time.monotonic() < deadline:
         time.sleep(0.1)
-    output = open(f"{folder}/log", "w+", errors="replace")
+    output = open(f"{folder}/log", "w")
     command = own_command(programs / "postgres", data, "-h", "", "-k", folder,
                           "-c", "log_min_messages=fatal")
     server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
